@@ -71,6 +71,7 @@ class CustomSAEConfig:
     alpha: float = 0.05  # its strength; only the starting value of trainer.alpha
     eta: float = 4.0  # weight of L_use inside L_orth (adaptive)
     ortho_matrix: str = "decoder"  # which weights are kept apart: decoder | encoder
+    ortho_every: int = 8  # L_dir enters every so many steps, as many times as strong
     regroup_every: int = 250  # steps between two groupings
     group_size: int = 64  # M < D, so that every group has a finite condition number
     sketch_size: int = 512  # R, columns of the co-activation sketch
@@ -91,6 +92,7 @@ class CustomSAEConfig:
     warmup_steps: int = 100  # of the learning rate; alpha ramps over ramp_fraction
     ramp_fraction: float = 0.2
     decay_fraction: float = 0.2  # linear to zero over the last part of training
+    encoder_screen: str = "auto"  # how active features are looked for: auto | int8 | float32
     resample_every: int = 100  # steps; features silent for so long are given a new direction
     resample_fraction: float = 0.6  # no resampling after this part of training
     first_seed: int = 0
@@ -149,7 +151,7 @@ BUDGETS: dict[str, dict[str, Any]] = {
 }
 THRESHOLDS = (0.001, 0.01)  # unlearning: largest firing frequency on retain text
 SET_SIZES = (10, 20)  # unlearning: features clamped
-MULTIPLIERS = (2.0, 8.0, 32.0, 128.0)  # unlearning: clamp value, in mean activations of the feature
+MULTIPLIERS = (0.5, 2.0, 8.0, 32.0)  # unlearning: clamp value, in mean activations of the feature
 RETAIN_BUDGETS = (0.01, 0.05, 0.1)  # nats of retain cross-entropy
 FRONTIER_END = 0.3  # nats of retain cross-entropy up to which the frontier's area is taken
 RETAINED = 0.95  # retain accuracy below which a setting counts as too costly for questions
@@ -795,17 +797,20 @@ def faster_dtype(device: torch.device) -> torch.dtype:
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(1024, 1024, dtype=dtype)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    wins = seconds[torch.bfloat16] < 0.6 * seconds[torch.float32]
+    x = torch.ones(1024, 1024)
+    half = x.bfloat16()
+    wins = quickest(lambda: half @ half) < 0.6 * quickest(lambda: x @ x)
     return torch.bfloat16 if wins else torch.float32
+
+
+def quickest(work: Callable[[], Any], repeats: int = 4) -> float:
+    """Seconds of the fastest of a few calls."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 class HookedLM:
@@ -1047,7 +1052,7 @@ class Material:
                 asked = [(Question(*question), domain) for question in found]
                 say(f"{name} questions: baseline answers to {len(asked)}")
                 forest = Questions.from_text(asked, self.lm)
-                right = (forest.scores_Q4.argmax(dim=1) == forest.answer_Q).nonzero()[:, 0]
+                right = forest.right(forest.base_B).nonzero()[:, 0]
                 counts[name] = {"asked": len(asked), "correct": len(right)}
                 kept += [asked[q] for q in right.tolist()[: self.config.questions]]
             return vars(Questions.from_text(kept, self.lm)), counts
@@ -1105,39 +1110,38 @@ class ProbeSet(NamedTuple):
     labels: np.ndarray
     parts: np.ndarray  # train | test
 
-    def pooled(
-        self, encode: Callable[[Tensor], Tensor], width: int, chunk: int = 4096
-    ) -> np.ndarray:
-        """Mean over each text's tokens of `encode(acts)`, float32 [texts, width]."""
+    def pooled(self, add_: Callable[[Tensor, Tensor, Tensor], Any], width: int,
+               chunk: int = 4096) -> np.ndarray:
+        """Mean over each text's tokens, float32 [texts, width]; `add_` adds up raw activations'
+        rows in the total of the text that owns them."""
         total = torch.zeros(len(self.labels), width)
         for acts, owner in zip(self.acts_ND.split(chunk), self.owner_N.split(chunk)):
-            total.index_add_(0, owner, encode(acts.float()))
+            add_(total, owner, acts.float())
         counts = torch.bincount(self.owner_N, minlength=len(total)).clamp(min=1)
         return (total / counts[:, None]).numpy()
 
 
 @dataclass
 class Questions:
-    """Four-way cloze questions as a forest that shares every prompt between its options.
+    """Four-way cloze questions as trees that share every prompt between its options.
 
-    A question is two prompts (the question, and the empty one for the unconditional scores), each
-    followed by its four options as branches. Flat lists hold the tokens of all questions; a token
-    sees its own branch and the prompt of that branch. So a prompt is computed once, a question
-    costs a third of four separate sequences, and questions that an intervention does not touch
-    need not be run at all.
+    A question is two trees: its prompt, and the empty prompt for the unconditional scores, each
+    with the four options as branches. Branch b = 10 · question + 5 · tree + place, place 0 the
+    prompt and 1-4 the options. A token sees its own branch and its prompt. So a prompt is run
+    once, an option's last token never, and a branch that an intervention does not reach keeps its
+    unmodified score.
     """
 
-    token_N: Tensor
-    owner_N: Tensor  # which question
-    branch_N: Tensor  # which prompt or option
-    parent_N: Tensor  # the prompt's branch
+    token_N: Tensor  # what the model reads
+    branch_N: Tensor
     place_N: Tensor  # position in the sequence prompt + option
-    before_N: Tensor  # flat index of the token before, -1 for none
-    option_N: Tensor  # 0-3 conditional, 4-7 unconditional, -1 for tokens of prompts
+    target_S: Tensor  # option tokens, all of which are scored
+    branch_S: Tensor
+    before_S: Tensor  # index among N of the token that predicts this one
     answer_Q: Tensor
     domain_Q: Tensor
     x_ND: Tensor  # residuals at the hook, in the language model's precision
-    scores_Q4: Tensor  # of the unmodified model
+    base_B: Tensor  # log-probability of every branch (option), unmodified
 
     def __len__(self) -> int:
         return len(self.answer_Q)
@@ -1145,48 +1149,46 @@ class Questions:
     @classmethod
     def from_text(cls, questions: list[tuple[Question, int]], lm: HookedLM) -> "Questions":
         """Tokenise and lay out (question, domain) pairs, read residuals, answer unmodified."""
-        table: list[tuple[int, ...]] = []
-
-        def add(
-            ids: list[int], branch: int, parent: int, place: int, before: int, option: int
-        ) -> None:
-            for i, token in enumerate(ids):
-                before = before if i == 0 else len(table) - 1
-                table.append((token, parent // 10, branch, parent, place + i, before, option))
-
+        read: list[tuple[int, int, int]] = []  # token, branch, place
+        scored: list[tuple[int, int, int]] = []  # token, branch, before
         for q, (question, _) in enumerate(questions):
             options = lm.tokenize([" " + text.strip() for text in question.options])
-            for side, prompt in enumerate((question.prompt, question.empty)):
-                ids = [lm.separator, *lm.tokenize([prompt])[0][-160:]]
-                root = 10 * q + 5 * side
-                add(ids, root, root, 0, -1, -1)
-                last = len(table) - 1
-                for j, option in enumerate(options):
-                    add(option[:40], root + 1 + j, root, len(ids), last, 4 * side + j)
-        answers = torch.tensor([question.answer for question, _ in questions])
-        forest = cls(*torch.tensor(table).view(-1, 7).T.contiguous(), answers,
-                     torch.tensor([domain for _, domain in questions]),
-                     torch.zeros(len(table), lm.d_in, dtype=lm.head.weight.dtype),
-                     torch.empty(0))
-        for index_RT, tokens, layout in forest.rows(torch.arange(len(forest))):
+            for tree, prompt in enumerate((question.prompt, question.empty)):
+                root, ids = 10 * q + 5 * tree, [lm.separator, *lm.tokenize([prompt])[0][-160:]]
+                read += [(token, root, place) for place, token in enumerate(ids)]
+                last = len(read) - 1
+                for branch, option in enumerate((option[:40] for option in options), root + 1):
+                    steps = range(len(read) - 1, len(read) - 1 + len(option))
+                    before = [last, *steps[1:]]
+                    scored += [(token, branch, i) for token, i in zip(option, before)]
+                    read += [(token, branch, len(ids) + i) for i, token in enumerate(option[:-1])]
+        forest = cls(
+            *torch.tensor(read).view(-1, 3).T.contiguous(),
+            *torch.tensor(scored).view(-1, 3).T.contiguous(),
+            torch.tensor([question.answer for question, _ in questions]),
+            torch.tensor([domain for _, domain in questions]),
+            torch.zeros(len(read), lm.d_in, dtype=lm.head.weight.dtype),
+            torch.zeros(10 * len(questions)),
+        )
+        everything = torch.ones(len(read), dtype=torch.bool)
+        for index_RT, tokens, layout in forest.rows(everything):
             real = index_RT >= 0
             forest.x_ND[index_RT[real]] = lm.residual(tokens, layout).cpu()[real]
-        forest.scores_Q4 = forest.scores(lm, forest.x_ND, torch.arange(len(forest)))
+        forest.base_B = forest.log_probs(lm, forest.x_ND, everything)
         return forest
 
-    def rows(self, chosen_Q: Tensor, width: int = 256, per_batch: int = 6) -> Iterator[tuple]:
-        """Chosen questions packed into rows: flat indices or -1 [R, T], tokens, layout."""
-        sizes = torch.bincount(self.owner_N, minlength=len(self))
-        ends = sizes.cumsum(0).tolist()
+    def rows(self, needed_N: Tensor, width: int = 256, per_batch: int = 6) -> Iterator[tuple]:
+        """Needed tokens packed by trees into rows: flat indices or -1 [R, T], tokens, layout."""
+        index_N = needed_N.nonzero().squeeze(1)
+        tree_sizes = (self.branch_N[index_N] // 5).unique_consecutive(return_counts=True)[1]
         bins: list[list[Tensor]] = []
         room = 0
-        for q in chosen_Q.tolist():
-            size = int(sizes[q])
-            if size > room:
+        for tree in index_N.split(tree_sizes.tolist()):
+            if len(tree) > room:
                 bins.append([])
-                room = max(width, size)
-            bins[-1].append(torch.arange(ends[q] - size, ends[q]))
-            room -= size
+                room = max(width, len(tree))
+            bins[-1].append(tree)
+            room -= len(tree)
         for start in range(0, len(bins), per_batch):
             lists = [torch.cat(row) for row in bins[start : start + per_batch]]
             index_RT = nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1)
@@ -1196,24 +1198,40 @@ class Questions:
         """Attention mask [R, 1, T, T] and positions: own branch and its prompt, no future."""
         real = index_RT >= 0
         branch = self.branch_N[index_RT].where(real, -1)
-        parent = self.parent_N[index_RT].where(real, -1)
-        sees = (branch[:, :, None] == branch[:, None]) | (parent[:, :, None] == branch[:, None])
+        prompt = (branch // 5 * 5).where(real, -1)
+        sees = (branch[:, :, None] == branch[:, None]) | (prompt[:, :, None] == branch[:, None])
         return {"attention_mask": sees.tril()[:, None],
                 "position_ids": self.place_N[index_RT] * real}
 
-    def scores(self, lm: HookedLM, x_ND: Tensor, chosen_Q: Tensor) -> Tensor:
-        """Conditional minus unconditional log-probability of each option in nats, [chosen, 4]."""
-        table = torch.zeros(len(self), 8)
-        where = torch.full((len(self.token_N),), -1)
-        for index_RT, tokens, layout in self.rows(chosen_Q):
-            real = index_RT >= 0
-            h_ND = lm.final(tokens, x_ND[index_RT], layout).flatten(0, 1)
-            where[index_RT[real]] = real.flatten().nonzero().squeeze(1)
-            scored = index_RT[real & (self.option_N[index_RT] >= 0)]
-            log_probs = lm.log_probs(h_ND[where[self.before_N[scored]]], self.token_N[scored])
-            place = self.owner_N[scored], self.option_N[scored]
-            table.index_put_(place, log_probs, accumulate=True)
-        return (table[:, :4] - table[:, 4:])[chosen_Q]
+    def log_probs(self, lm: HookedLM, x_ND: Tensor, touched_N: Tensor) -> Tensor:
+        """Log-probability in nats of every branch when the residuals are `x_ND`, which differ from
+        the unmodified ones at most where `touched_N`; only what follows from there is run."""
+        fresh = torch.zeros(len(self.base_B), dtype=torch.bool)
+        fresh[self.branch_N[touched_N]] = True
+        fresh = fresh.view(-1, 5)
+        fresh |= fresh[:, :1]
+        needed = fresh.clone()
+        needed[:, 0] = fresh.any(1)
+        fresh, needed = fresh.view(-1), needed.view(-1)
+        due = fresh[self.branch_S].nonzero().squeeze(1)
+        h_SD = torch.empty(len(due), lm.d_in, dtype=x_ND.dtype, device=lm.device)
+        for index_RT, tokens, layout in self.rows(needed[self.branch_N]):
+            h_RTD = lm.final(tokens, x_ND[index_RT], layout)
+            place_N = torch.full((len(self.token_N),), -1)
+            place_N[index_RT[index_RT >= 0]] = (index_RT >= 0).flatten().nonzero().squeeze(1)
+            here = place_N[self.before_S[due]]
+            h_SD[here >= 0] = h_RTD.flatten(0, 1)[here[here >= 0].to(lm.device)]
+        result = self.base_B.masked_fill(fresh, 0.0)
+        return result.index_add_(0, self.branch_S[due], lm.log_probs(h_SD, self.target_S[due]))
+
+    def scores(self, log_prob_B: Tensor) -> Tensor:
+        """Conditional minus unconditional log-probability of each option in nats, [Q, 4]."""
+        given, anyway = log_prob_B.view(-1, 2, 5)[:, :, 1:].unbind(1)
+        return given - anyway
+
+    def right(self, log_prob_B: Tensor) -> Tensor:
+        """Whether the option of the highest score is the answer, bool [Q]."""
+        return self.scores(log_prob_B).argmax(dim=1) == self.answer_Q
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1231,35 +1249,34 @@ class Code(NamedTuple):
 
 
 class SparseAutoencode(torch.autograd.Function):
-    """z → (ẑ, active values, rows, columns) with everything behind the encoder product sparse.
+    """z → (ẑ, active values, rows, columns) with everything but the encoder's screen sparse.
 
-    About one feature in a hundred fires, so decoding, the gradient at active positions and both
-    weight gradients are products with a sparse B × F matrix. Same mathematics as
-    `CustomSAE.dense_code`.
+    About one feature in a hundred fires, so activations, decoding, the gradient at active
+    positions and both weight gradients are products at the places of a sparse B × F matrix. Same
+    mathematics as `CustomSAE.dense_code`, in float32 whatever the screen's precision.
     """
 
     @staticmethod
-    def forward(ctx: Any, z_BD: Tensor, W_enc_DF: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor,
-                b_dec_D: Tensor) -> tuple[Tensor, ...]:
-        B, F = len(z_BD), len(b_enc_F)
+    def forward(ctx: Any, z_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor,
+                b_dec_D: Tensor, screen: str) -> tuple[Tensor, ...]:
+        shape = len(z_BD), len(b_enc_F)
         centred_BD = z_BD - b_dec_D
-        product_BF = centred_BD @ W_enc_DF
-        index_N = (product_BF > -b_enc_F).view(-1).nonzero().squeeze(1)
-        row_N = torch.div(index_N, F, rounding_mode="floor")
-        column_N = index_N - row_N * F
-        value_N = product_BF.view(-1)[index_N] + b_enc_F[column_N]
-        start_B = torch.zeros(B + 1, dtype=torch.long, device=z_BD.device)
-        torch.cumsum(torch.bincount(row_N, minlength=B), 0, out=start_B[1:])
-        f_BF = csr(start_B, column_N, value_N, (B, F))
-        z_hat_BD = torch.addmm(b_dec_D, f_BF, W_dec_FD)
-        ctx.save_for_backward(centred_BD, W_enc_DF, W_dec_FD, start_B, column_N, value_N)
+        row_N, column_N = candidates(centred_BD, W_enc_FD, b_enc_F, screen)
+        pattern = csr(row_starts(row_N, shape[0]), column_N, torch.zeros(len(row_N)), shape)
+        product_N = torch.sparse.sampled_addmm(pattern, centred_BD, W_enc_FD.T).values()
+        value_N = product_N.add_(b_enc_F[column_N])
+        active = value_N > 0
+        row_N, column_N, value_N = row_N[active], column_N[active], value_N[active]
+        start_B = row_starts(row_N, shape[0])
+        z_hat_BD = torch.addmm(b_dec_D, csr(start_B, column_N, value_N, shape), W_dec_FD)
+        ctx.save_for_backward(centred_BD, W_enc_FD, W_dec_FD, start_B, column_N, value_N)
         ctx.mark_non_differentiable(row_N, column_N)
         return z_hat_BD, value_N, row_N, column_N
 
     @staticmethod
     def backward(ctx: Any, grad_z_hat_BD: Tensor, grad_value_N: Tensor,
                  *_: Any) -> tuple[Tensor | None, ...]:
-        centred_BD, W_enc_DF, W_dec_FD, start_B, column_N, value_N = ctx.saved_tensors
+        centred_BD, W_enc_FD, W_dec_FD, start_B, column_N, value_N = ctx.saved_tensors
         B, F = len(centred_BD), len(W_dec_FD)
         pattern = csr(start_B, column_N, torch.zeros_like(value_N), (B, F))
         grad_N = torch.sparse.sampled_addmm(pattern, grad_z_hat_BD, W_dec_FD.T).values()
@@ -1269,8 +1286,57 @@ class SparseAutoencode(torch.autograd.Function):
         grad_W_dec_FD = csr(start_F, row_N, value_N[order], (F, B)) @ grad_z_hat_BD
         grad_W_enc_FD = csr(start_F, row_N, grad_N[order], (F, B)) @ centred_BD
         grad_b_enc_F = torch.zeros_like(W_dec_FD[:, 0]).index_add_(0, column_N, grad_N)
-        grad_b_dec_D = grad_z_hat_BD.sum(0) - W_enc_DF @ grad_b_enc_F
-        return None, grad_W_enc_FD.T, grad_b_enc_F, grad_W_dec_FD, grad_b_dec_D
+        grad_b_dec_D = grad_z_hat_BD.sum(0) - grad_b_enc_F @ W_enc_FD
+        return None, grad_W_enc_FD, grad_b_enc_F, grad_W_dec_FD, grad_b_dec_D, None
+
+
+def candidates(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, screen: str,
+               rows: int = 512) -> tuple[Tensor, Tensor]:
+    """Rows and columns where x·w + b may be above zero: all those places, and a few more.
+
+    `float32` multiplies as usual. `int8`, several times faster on processors with 8-bit dot
+    products, rounds both factors to steps s = max|·|/127 (one for x, one for each w), which errs
+    with σ² = (s_x²‖w‖² + s_w²‖x‖²)/12; the threshold is six σ lower, so what could still slip
+    through is next to zero. `rows` at a time: the products stay in the processor's cache.
+    """
+    found = []
+    if screen == "int8":
+        step_x, step_F = x_BD.abs().max() / 127, W_FD.abs().amax(1).clamp(min=1e-12) / 127
+        x_BD, W_FD, norms = (
+            (x_BD / step_x.clamp(min=1e-12)).round_().to(torch.int8),
+            (W_FD / step_F[:, None]).round_().to(torch.int8),
+            step_x**2 * W_FD.square().sum(1) + step_F**2 * x_BD.square().sum(1).max(),
+        )
+        limit_F = (-b_F - 6 * (norms / 12).sqrt()) / (step_x.clamp(min=1e-12) * step_F)
+        limit_F = limit_F.floor().clamp(-(2.0**30), 2.0**30).to(torch.int32)
+        multiply = torch._int_mm
+    else:
+        limit_F = -b_F - 1e-5  # roundings differ between dense and sampled products
+        multiply = torch.mm
+    product_CF = torch.empty(min(rows, len(x_BD)), len(W_FD), dtype=limit_F.dtype)
+    for start in range(0, len(x_BD), rows):
+        part = x_BD[start : start + rows]
+        product = product_CF[: len(part)]
+        multiply(part, W_FD.T, out=product)
+        found.append(np.flatnonzero((product > limit_F).numpy()) + start * len(W_FD))
+    row, column = np.divmod(np.concatenate(found), len(W_FD))
+    return torch.from_numpy(row), torch.from_numpy(column)
+
+
+@functools.cache
+def faster_screen() -> str:
+    """int8 where this processor multiplies 8-bit integers much faster than floats."""
+    x = torch.ones(1024, 1024)
+    small = x.char()
+    wins = quickest(lambda: torch._int_mm(small, small.T)) < 0.6 * quickest(lambda: x @ x.T)
+    return "int8" if wins else "float32"
+
+
+def row_starts(row_N: Tensor, n_rows: int) -> Tensor:
+    """Where each row begins in a list sorted by rows, and the end: a CSR pattern's first half."""
+    start = torch.zeros(n_rows + 1, dtype=torch.long, device=row_N.device)
+    torch.cumsum(torch.bincount(row_N, minlength=n_rows), 0, out=start[1:])
+    return start
 
 
 def transposed(start_B: Tensor, column_N: Tensor, F: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -1291,13 +1357,14 @@ class CustomSAE(nn.Module):
 
     `W_enc [D, F]`, `b_enc [F]`, `W_dec [F, D]` with rows of unit norm, `b_dec [D]`. It works on
     activations divided by the buffer's scale; `raw_weights` folds that scale into the biases.
-    W_enc is stored feature by feature, as its gradient comes.
+    W_enc is kept as `W_enc_FD`, feature by feature, as its gradient comes.
     """
 
-    def __init__(self, d_in: int, d_sae: int, generator: torch.Generator):
+    def __init__(self, d_in: int, d_sae: int, generator: torch.Generator, screen: str = "float32"):
         super().__init__()
         rows_FD = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
-        self.W_enc = nn.Parameter(rows_FD.clone().T)
+        self.screen = screen  # precision in which `sparse_code` looks for active features
+        self.W_enc_FD = nn.Parameter(rows_FD.clone())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(rows_FD)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
@@ -1310,6 +1377,10 @@ class CustomSAE(nn.Module):
         product_BF = (z_BD - self.b_dec) @ self.W_enc
         rank = max(1, round(len(z_BD) * l0 / self.d_sae))
         self.b_enc.copy_(-product_BF.topk(rank, dim=0).values[-1])
+
+    @property
+    def W_enc(self) -> Tensor:
+        return self.W_enc_FD.T
 
     @property
     def d_in(self) -> int:
@@ -1329,10 +1400,11 @@ class CustomSAE(nn.Module):
         return self.decode(self.encode(z_BD))
 
     def sparse_code(self, z_BD: Tensor) -> Code:
-        return Code(*SparseAutoencode.apply(z_BD, self.W_enc, self.b_enc, self.W_dec, self.b_dec))
+        weights = self.W_enc_FD, self.b_enc, self.W_dec, self.b_dec
+        return Code(*SparseAutoencode.apply(z_BD, *weights, self.screen))
 
     def dense_code(self, z_BD: Tensor) -> Code:
-        """The same by plain dense products: faster where many features fire or on a GPU."""
+        """The same by plain dense products: faster where many features fire, and on a GPU."""
         f_BF = self.encode(z_BD)
         row_N, column_N = f_BF.nonzero(as_tuple=True)
         return Code(self.decode(f_BF), f_BF[row_N, column_N], row_N, column_N)
@@ -1683,6 +1755,7 @@ class CustomTrainer:
         self.step_count = 0
         self.log_sparsity = math.log(config.sparsity_penalty)
         self.l0 = 2.0 * config.target_l0  # running
+        self.l_dir = 0.0  # when it last entered
         self.history: list[dict[str, Any]] = []
         self.kappa_random = random_condition_number(config.group_size, sae.d_in)
 
@@ -1703,11 +1776,12 @@ class CustomTrainer:
         l_dir, l_use = self.direction_term(), self.use_term(use_KF)
         ramp, sparsity = self.ramp(), math.exp(self.log_sparsity)
         loss = fit + sparsity * l1 + self.alpha * ramp * (l_dir + self.row.eta * l_use)
+        l_orth = self.l_dir + self.row.eta * l_use.item()
         terms = {
-            "loss": loss.item(), "fit": fit.item(), "l1": l1.item(),
-            "l0": len(code.row_N) / len(z_BD), "lambda": sparsity, "alpha": self.alpha,
-            "ramp": ramp, "l_dir": l_dir.item(), "l_use": l_use.item(),
-            "l_orth": (l_dir + self.row.eta * l_use).item(),
+            "loss": fit.item() + sparsity * l1.item() + self.alpha * ramp * l_orth,
+            "fit": fit.item(), "l1": l1.item(), "l0": len(code.row_N) / len(z_BD),
+            "lambda": sparsity, "alpha": self.alpha, "ramp": ramp, "l_dir": self.l_dir,
+            "l_use": l_use.item(), "l_orth": l_orth,
         }
         self.check_finite(terms)
         self.optimizer.zero_grad(set_to_none=True)
@@ -1729,14 +1803,24 @@ class CustomTrainer:
         return min(1.0, self.step_count / max(1, self.row.ramp_fraction * self.row.steps))
 
     def direction_term(self) -> Tensor:
-        row = self.row
-        if row.orthogonality == "off":
+        """L_dir as it enters this step: k-fold every k = `ortho_every` steps, else 0.
+
+        Directions turn by little in a few steps, so this has the effect of L_dir at every step
+        (measured: bench/speed.py) at a k-th of its cost.
+        """
+        if self.row.orthogonality == "off" or self.step_count % self.row.ortho_every:
             return torch.zeros(())
+        l_dir = self.direction_now()
+        self.l_dir = l_dir.item()
+        return self.row.ortho_every * l_dir
+
+    def direction_now(self) -> Tensor:
+        row = self.row
         if row.ortho_matrix == "encoder" and row.orthogonality == "fixed":
-            return gram_identity_loss(self.sae.W_enc.T)
+            return gram_identity_loss(self.sae.W_enc_FD)
         W_FD = self.sae.W_dec
         if row.ortho_matrix == "encoder":
-            W_FD = nn.functional.normalize(self.sae.W_enc.T, dim=1)
+            W_FD = nn.functional.normalize(self.sae.W_enc_FD, dim=1)
         if row.orthogonality == "max_cosine":
             return max_cosine_loss(W_FD, randomness("chunks", self.seed, self.step_count))
         if row.orthogonality == "fixed":
@@ -1812,13 +1896,10 @@ class CustomTrainer:
         drawn = torch.multinomial(error_B.square(), len(dead), generator=generator)
         direction = nn.functional.normalize((z_BD - code.z_hat_BD)[drawn], dim=1)
         sae = self.sae
-        sae.W_dec[dead] = direction
-        sae.W_enc[:, dead] = direction.T
+        sae.W_dec[dead] = sae.W_enc_FD[dead] = direction
         sae.b_enc[dead] = -0.5 * ((z_BD[drawn] - sae.b_dec) * direction).sum(1).clamp(min=0.02)
         for name, part in self.moments():
-            if name.endswith("W_enc"):
-                part[:, dead] = 0
-            elif not name.endswith("b_dec"):
+            if not name.endswith("b_dec"):
                 part[dead] = 0
         self.state["silent_F"][dead] = 0
         self.state["use_KF"][:, dead] = 0
@@ -1868,7 +1949,7 @@ class CustomTrainer:
         tensors |= {f"state.{name}": part for name, part in self.state.items()}
         tensors |= {f"sketch.{name}": part for name, part in vars(self.sketch).items()}
         note = {"step_count": self.step_count, "log_sparsity": self.log_sparsity, "l0": self.l0,
-                "alpha": self.alpha, "history": self.history}
+                "l_dir": self.l_dir, "alpha": self.alpha, "history": self.history}
         return tensors, note
 
     @torch.no_grad()
@@ -1920,7 +2001,8 @@ def train_sae(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int, chec
               interrupts: Interrupts, log: Callable[[dict], None]) -> CustomTrainer:
     """Train the SAE of one seed, continuing from `checkpoint` where there is one."""
     d_in = buffer.acts_ND.shape[1]
-    sae = CustomSAE(d_in, config.expansion * d_in, randomness("weights", seed))
+    screen = faster_screen() if config.encoder_screen == "auto" else config.encoder_screen
+    sae = CustomSAE(d_in, config.expansion * d_in, randomness("weights", seed), screen)
     sae.initialize_biases_(buffer.batch(seed, 0, config.batch_size)[0], 2 * config.target_l0)
     trainer = CustomTrainer(config, sae, seed)
     if (found := read_tensors(checkpoint)) is not None:
@@ -1961,12 +2043,12 @@ class TrainedSAE:
     scale: float
 
     @torch.no_grad()
-    def features(self, x_ND: Tensor) -> Tensor:
-        """Activations [N, F] of raw residuals in raw units, as the exported SAE gives them.
-
-        Units matter where a penalty meets them: a probe's L2 penalty is not blind to scale.
-        """
-        return self.sae.encode(x_ND.float() / self.scale) * self.scale
+    def add_features_(self, total_OF: Tensor, owner_N: Tensor, x_ND: Tensor) -> None:
+        """Add the activations of raw residuals to the rows of their owners, in raw units, as the
+        exported SAE gives them: a probe's L2 penalty is not blind to scale."""
+        code = self.sae.sparse_code(x_ND / self.scale)
+        place_N = owner_N[code.row_N] * self.sae.d_sae + code.column_N
+        total_OF.view(-1).index_add_(0, place_N, code.value_N * self.scale)
 
     @torch.no_grad()
     def splice(self, x_BTD: Tensor, keep_BT: Tensor) -> Tensor:
@@ -1988,16 +2070,16 @@ def reconstruction_metrics(sae: CustomSAE, z_ND: Tensor, chunk: int = 4096) -> d
     mean_D = torch.zeros(z_ND.shape[1], dtype=torch.float64)
     fired_F = torch.zeros(sae.d_sae)
     for z in z_ND.split(chunk):
-        f = sae.encode(z)
-        z_hat = sae.decode(f)
+        code = sae.sparse_code(z)
+        z_hat = code.z_hat_BD
         sums["error"] += float((z - z_hat).double().square().sum())
         sums["square"] += float(z.double().square().sum())
         mean_D += z.double().sum(0)
-        sums["l0"] += float((f > 0).sum())
-        sums["l1"] += float(f.double().sum())
+        sums["l0"] += len(code.value_N)
+        sums["l1"] += float(code.value_N.double().sum())
         sums["cosine"] += float(nn.functional.cosine_similarity(z, z_hat, dim=1).double().sum())
         sums["ratio"] += float((z_hat.norm(dim=1) / z.norm(dim=1).clamp(min=1e-9)).double().sum())
-        fired_F += (f > 0).sum(0)
+        fired_F += torch.bincount(code.column_N, minlength=sae.d_sae)
     n = len(z_ND)
     variance = sums["square"] / n - float((mean_D / n).square().sum())
     rate_F = fired_F / n
@@ -2093,6 +2175,10 @@ def evaluate_conditioning(trained: TrainedSAE, material: Material) -> dict[str, 
     }
 
 
+def add_rows_(total_OD: Tensor, owner_N: Tensor, x_ND: Tensor) -> None:
+    total_OD.index_add_(0, owner_N, x_ND)
+
+
 def probe_accuracy(train: tuple, test: tuple, k: int | None) -> float:
     """Test accuracy of a logistic regression on the k columns with the largest difference of class
     means on the training part (all columns for None): Kantamneni et al. 2025, SAEBench."""
@@ -2146,12 +2232,12 @@ def evaluate_sparse_probing(trained: TrainedSAE, material: Material) -> dict[str
     for name, texts in material.probe_sets.items():
         llm = material.cached(
             f"probe-llm-{name.replace('/', '_')}",
-            lambda texts=texts: ({}, probe_table(texts.pooled(lambda x: x, texts.acts_ND.shape[1]),
+            lambda texts=texts: ({}, probe_table(texts.pooled(add_rows_, texts.acts_ND.shape[1]),
                                                  texts, config)),
             config.probe_train, config.probe_test, checksum({"acts": texts.acts_ND}, ""),
             source_of(probe_table, probe_accuracy, binary_task, ProbeSet),
         )[1]
-        sae = probe_table(texts.pooled(trained.features, trained.sae.d_sae), texts, config)
+        sae = probe_table(texts.pooled(trained.add_features_, trained.sae.d_sae), texts, config)
         details.append({"dataset_name": f"{name}_results",
                         **{f"llm_{key}": value for key, value in llm.items()},
                         **{f"sae_{key}": value for key, value in sae.items()}})
@@ -2174,11 +2260,11 @@ def feature_statistics(trained: TrainedSAE, buffer: ActivationBuffer,
     rates, uses = [], []
     for domain in (FORGET, RETAIN):
         sample = buffer.sample(domain, tokens)
-        fired, total = torch.zeros(trained.sae.d_sae), torch.zeros(trained.sae.d_sae)
+        fired, total = torch.zeros(2, trained.sae.d_sae)
         for z in sample.split(4096):
-            f = trained.sae.encode(z)
-            fired += (f > 0).sum(0)
-            total += f.sum(0)
+            code = trained.sae.sparse_code(z)
+            fired += torch.bincount(code.column_N, minlength=len(fired))
+            total.index_add_(0, code.column_N, code.value_N)
         rates.append(fired / len(sample))
         uses.append(total / len(sample))
     size_F = uses[FORGET] / rates[FORGET].clamp(min=1e-12)
@@ -2224,14 +2310,14 @@ class Effect(NamedTuple):
 
     rise_R: Tensor  # nats a token, for each frontier context
     right_Q: Tensor  # bool
-    asked: bool  # False: forget questions were left out, the setting costs too much
+    asked: bool  # False: asking ended early, the setting costs too much
 
 
 def apply_setting(trained: TrainedSAE, material: Material, features: Tensor, targets: Tensor,
                   ask: bool) -> Effect:
     """Clamp and measure. Texts and questions in which nothing changes keep their baseline, which
-    is exact: the same residuals give the same logits. Forget questions are not asked where
-    more retain answers are lost than any summary admits."""
+    is exact: the same residuals give the same logits. Asking ends as soon as more retain answers
+    are lost than any summary admits."""
     held, (questions, _) = material.heldout, material.questions
     rows = held["rows"]
     tokens, x, keep, base = held["tokens"][rows], held["x"][rows], held["keep"][rows], held["base"]
@@ -2246,15 +2332,17 @@ def apply_setting(trained: TrainedSAE, material: Material, features: Tensor, tar
         return Effect(rise_R, right_Q, False)
     keep_N = questions.x_ND.float().norm(dim=-1) < material.sink_norm
     changed = clamp(trained, features, targets, questions.x_ND, keep_N)
-    hit = questions.owner_N[(changed != questions.x_ND).any(-1)].unique()
+    touched_N = (changed != questions.x_ND).any(-1)
+    owner_N = questions.branch_N // 10
+    most_lost = (1 - RETAINED) * int((questions.domain_Q == RETAIN).sum())
     for domain in (RETAIN, FORGET):
-        retained = right_Q[questions.domain_Q == RETAIN].float().mean()
-        if domain == FORGET and float(retained) < RETAINED:
-            return Effect(rise_R, right_Q, False)
-        chosen = hit[questions.domain_Q[hit] == domain]
-        if len(chosen):
-            best = questions.scores(material.lm, changed, chosen).argmax(dim=1)
-            right_Q[chosen] = best == questions.answer_Q[chosen]
+        hit = owner_N[touched_N].unique()
+        for part in hit[questions.domain_Q[hit] == domain].split(40):
+            if int((~right_Q[questions.domain_Q == RETAIN]).sum()) > most_lost:
+                return Effect(rise_R, right_Q, False)
+            here_N = touched_N & torch.isin(owner_N, part)
+            log_probs = questions.log_probs(material.lm, changed, here_N)
+            right_Q[part] = questions.right(log_probs)[part]
     return Effect(rise_R, right_Q, True)
 
 
@@ -2309,8 +2397,9 @@ def evaluate_unlearning(trained: TrainedSAE, material: Material, statistics: Fea
     official `score` (1 − least forget accuracy at retain accuracy ≥ 0.99, higher is better) is
     coarse. Questions are those that the unmodified model answers; `accuracy_area` is the
     same area for accuracies up to 5 % retain loss, over the settings that keep 95 %; at others
-    forget questions are not asked. Limits: cross-entropy on text may rise because
-    output is disturbed rather than because knowledge is gone; questions are the check on that.
+    accuracies are null, since asking ends as soon as more is lost. Limits: cross-entropy on text
+    may rise because output is disturbed rather than because knowledge is gone; questions are the
+    check on that.
     """
     settings, effects = [], []
     for threshold in THRESHOLDS:
@@ -2363,7 +2452,7 @@ def summarize_unlearning(settings: list[dict], effects: list[Effect], material: 
     for i, setting in enumerate(settings):
         setting |= {
             "forget_accuracy": float(forget_SQ[i].mean()) if enough and effects[i].asked else None,
-            "retain_accuracy": float(retain_SQ[i].mean()) if enough else None,
+            "retain_accuracy": float(retain_SQ[i].mean()) if enough and effects[i].asked else None,
             "forget_ce_rise": float(forget_SR[i].mean()),
             "retain_ce_rise": float(retain_SR[i].mean()),
         }

@@ -122,9 +122,26 @@ def test_forest_scores_equal_plain_sequences(kind):
     model, lm = make(kind)
     forest = ex.Questions.from_text(QUESTIONS, lm)
     expected = torch.stack([plain_scores(model, lm, question) for question, _ in QUESTIONS])
-    torch.testing.assert_close(forest.scores_Q4, expected, atol=2e-4, rtol=1e-4)
-    some = forest.scores(lm, forest.x_ND, torch.tensor([2, 0]))
-    torch.testing.assert_close(some, expected[[2, 0]], atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(forest.scores(forest.base_B), expected, atol=2e-4, rtol=1e-4)
+    assert forest.right(forest.base_B).tolist() == [
+        int(row.argmax()) == question.answer for row, (question, _) in zip(expected, QUESTIONS)
+    ]
+
+
+@KINDS
+def test_only_what_follows_from_a_change_is_run(kind):
+    """Any set of changed tokens: the saved path equals running everything anew."""
+    model, lm = make(kind)
+    forest = ex.Questions.from_text(QUESTIONS, lm)
+    everything = torch.ones(len(forest.token_N), dtype=torch.bool)
+    for seed in range(4):
+        touched = torch.rand(len(everything), generator=ex.randomness(seed)) < 0.08
+        changed = torch.where(touched[:, None], forest.x_ND * 0.3, forest.x_ND)
+        saved = forest.log_probs(lm, changed, touched)
+        torch.testing.assert_close(saved, forest.log_probs(lm, changed, everything), atol=1e-4,
+                                   rtol=1e-4)
+        assert int((saved == forest.base_B).sum()) > 10  # and the rest was not run
+    assert torch.equal(forest.log_probs(lm, forest.x_ND, ~everything), forest.base_B)
 
 
 @KINDS
@@ -132,12 +149,13 @@ def test_forest_under_an_intervention_equals_plain_sequences(kind):
     """Scale every residual at the hook: the packed path and a hook on the plain model agree."""
     model, lm = make(kind)
     forest = ex.Questions.from_text(QUESTIONS, lm)
-    scores = forest.scores(lm, forest.x_ND * 0.5, torch.arange(3))
+    everything = torch.ones(len(forest.token_N), dtype=torch.bool)
+    scores = forest.scores(forest.log_probs(lm, forest.x_ND * 0.5, everything))
     handle = model.base_model.layers[1].register_forward_hook(lambda _m, _i, out: out * 0.5)
     expected = torch.stack([plain_scores(model, lm, question) for question, _ in QUESTIONS])
     handle.remove()
     torch.testing.assert_close(scores, expected, atol=2e-4, rtol=1e-4)
-    assert not torch.allclose(scores, forest.scores_Q4, atol=1e-2)
+    assert not torch.allclose(scores, forest.scores(forest.base_B), atol=1e-2)
 
 
 def test_contexts_are_packed_without_padding_or_loss():

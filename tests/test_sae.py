@@ -27,9 +27,11 @@ def gradients(sae, code):
     return {name: parameter.grad.clone() for name, parameter in sae.named_parameters()}
 
 
+@pytest.mark.parametrize("screen", ["float32", "int8"])
 @pytest.mark.parametrize("seed", range(3))
-def test_sparse_step_equals_dense_step(seed):
+def test_sparse_step_equals_dense_step(seed, screen):
     sae, z = make(seed=seed)
+    sae.screen = screen
     with torch.no_grad():
         sae.b_dec.add_(0.05)
     dense, sparse = sae.dense_code(z), sae.sparse_code(z)
@@ -50,7 +52,7 @@ def test_a_batch_on_which_nothing_fires_gives_defined_gradients():
     torch.testing.assert_close(code.z_hat_BD, sae.b_dec.expand_as(z))
     grads = gradients(sae, code)
     assert all(torch.isfinite(part).all() for part in grads.values())
-    assert float(grads["W_enc"].abs().max()) == 0
+    assert float(grads["W_enc_FD"].abs().max()) == 0
 
 
 def test_initial_biases_set_the_rate_of_every_feature():
