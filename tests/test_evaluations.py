@@ -143,10 +143,37 @@ def test_frontier_area_by_hand():
     assert ex.frontier_area(np.array([0.15]), np.array([3.0]), 0.3) == pytest.approx(2.25, rel=1e-3)
 
 
+def answers(*accuracies):
+    """100 questions a setting, as many right ones as the accuracy says."""
+    return np.arange(100) < 100 * np.array(accuracies)[:, None]
+
+
 def test_official_score_by_hand():
-    forget, retain = np.array([0.2, 0.5, 0.9]), np.array([0.98, 0.99, 1.0])
+    forget, retain = answers(0.2, 0.5, 0.9), answers(0.98, 0.99, 1.0)
     assert ex.official_score(forget, retain) == pytest.approx(0.5)
-    assert ex.official_score(forget, np.array([0.5, 0.5, 0.5])) == 0.0
+    assert ex.official_score(forget, answers(0.5, 0.5, 0.5)) == 0.0
+
+
+def test_accuracy_area_by_hand():
+    """One setting that costs 2 % and forgets half: up to 2 % a triangle, then level."""
+    expected = (0.02 * 0.25 + 0.03 * 0.5) / 0.05
+    assert ex.accuracy_area(answers(0.5), answers(0.98)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_rise_on_the_text_that_no_label_named_counts_as_cost():
+    forget, retain = np.full((1, 4), 3.0), np.full((1, 4), 0.0)
+    assert ex.unlearning_area(forget, retain) == pytest.approx(3.0)
+    assert ex.unlearning_area(forget, retain, np.full((1, 2), 0.3)) == pytest.approx(1.5)
+    assert ex.unlearning_area(forget, np.full((1, 4), 0.3), np.zeros((1, 2))) == pytest.approx(1.5)
+    assert ex.unlearning_area(forget, retain, np.zeros((1, 0))) == pytest.approx(3.0)
+
+
+def test_bootstrap_covers_the_mean_and_narrows_with_more_texts(generator):
+    few, many = (np.random.default_rng(1).normal(2, 1, (1, n)) for n in (10, 1000))
+    low, high = ex.bootstrap(lambda part: float(part.mean()), few)
+    assert low < float(few.mean()) < high
+    narrow = ex.bootstrap(lambda part: float(part.mean()), many)
+    assert narrow[1] - narrow[0] < 0.3 * (high - low)
 
 
 def test_mean_and_stderr_by_hand():
@@ -197,12 +224,13 @@ def test_pooling_is_a_mean_over_each_texts_tokens():
 
 def test_compare_pairs_seeds():
     rows = [{"seed": s, "x": s + 1.0, "unlearning_area": 2.0} for s in range(3)]
-    sample = {"forget_rise": [[1.0, 1.0]], "retain_rise": [[0.3, 0.3]]}
+    cost = {"retain_rise": [[0.3, 0.3]], "other_rise": [[0.1]]}
+    sample = {"forget_rise": [[1.0, 1.0]], **cost}
     other = {
         "seeds": [{"seed": s, "x": float(s), "unlearning_area": 1.0} for s in range(3)],
         "unlearning": {"per_seed": [{"samples": sample}] * 3},
     }
-    ours = [{"forget_rise": [[2.0, 2.0]], "retain_rise": [[0.3, 0.3]]}] * 3
+    ours = [{"forget_rise": [[2.0, 2.0]], **cost}] * 3
     found = ex.compare(rows, ours, other)
     assert found["x"] == {"difference": 1.0, "stderr": 0.0, "low": 1.0, "high": 1.0}
     assert found["unlearning_area"]["low"] == pytest.approx(0.5)

@@ -182,7 +182,8 @@ class TinySubstrate:
             ]
 
         halves = {
-            half: {"forget": texts(40, "b"), "retain": texts(40, "r")} for half in ("learn", "ask")
+            half: {"forget": texts(40, "b"), "retain": texts(40, "r"), "other": texts(9, "o")}
+            for half in ("learn", "ask")
         }
         return {**halves, "questions": {"forget": [], "retain": []}, "probes": {}, "skipped": {}}
 
