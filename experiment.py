@@ -71,7 +71,7 @@ class CustomSAEConfig:
     alpha: float = 0.05  # its strength; only the starting value of trainer.alpha
     eta: float = 4.0  # weight of L_use inside L_orth (adaptive)
     ortho_matrix: str = "decoder"  # which weights are kept apart: decoder | encoder
-    ortho_every: int = 8  # L_dir enters every so many steps, as many times as strong
+    ortho_every: int = 8  # steps between two computations of L_dir's gradient, used at every one
     regroup_every: int = 250  # steps between two groupings
     group_size: int = 64  # M < D, so that every group has a finite condition number
     sketch_size: int = 512  # R, columns of the co-activation sketch
@@ -1317,23 +1317,27 @@ def candidates(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, screen: str,
 
     `float32` multiplies as usual. `int8`, several times faster on processors with 8-bit dot
     products, rounds both factors to steps s = max|·|/127 (one for x, one for each w), which errs
-    with σ² = (s_x²‖w‖² + s_w²‖x‖²)/12; the threshold is six σ lower, so what could still slip
-    through is next to zero. `rows` at a time: the products stay in the processor's cache.
+    with σ² = (s_x²‖w‖² + s_w²‖x‖²)/12; the threshold is six σ lower. Before that, dimensions are
+    rescaled so that both factors have about the same outliers in each (the residual stream has
+    some of fifty times the usual size; the idea of SmoothQuant, Xiao et al. 2023). `rows` at a
+    time: the products stay in the processor's cache.
     """
-    found = []
+    limit_F = -b_F - 1e-5  # roundings differ between dense and sampled products
+    multiply = torch.mm
     if screen == "int8":
-        step_x, step_F = x_BD.abs().max() / 127, W_FD.abs().amax(1).clamp(min=1e-12) / 127
-        x_BD, W_FD, norms = (
-            (x_BD / step_x.clamp(min=1e-12)).round_().to(torch.int8),
-            (W_FD / step_F[:, None]).round_().to(torch.int8),
-            step_x**2 * W_FD.square().sum(1) + step_F**2 * x_BD.square().sum(1).max(),
-        )
-        limit_F = (-b_F - 6 * (norms / 12).sqrt()) / (step_x.clamp(min=1e-12) * step_F)
-        limit_F = limit_F.floor().clamp(-(2.0**30), 2.0**30).to(torch.int32)
+        balance_D = (x_BD.abs().amax(0) / W_FD.abs().amax(0).clamp(min=1e-9)).sqrt()
+        balance_D.clamp_(min=1e-9)
+        x_BD, W_FD = x_BD / balance_D, W_FD * balance_D
+        step_x = (x_BD.abs().max() / 127).clamp(min=1e-12)
+        step_F = W_FD.abs().amax(1).clamp(min=1e-12) / 127
+        longest = x_BD.square().sum(1).max()
+        sigma_F = ((step_x**2 * W_FD.square().sum(1) + step_F**2 * longest) / 12).sqrt()
+        limit_F = ((limit_F - 6 * sigma_F) / (step_x * step_F)).clamp_(-(2.0**30), 2.0**30)
+        limit_F = limit_F.floor().to(torch.int32)
+        x_BD = x_BD.div_(step_x).round_().to(torch.int8)
+        W_FD = W_FD.div_(step_F[:, None]).round_().to(torch.int8)
         multiply = torch._int_mm
-    else:
-        limit_F = -b_F - 1e-5  # roundings differ between dense and sampled products
-        multiply = torch.mm
+    found = []
     product_CF = torch.empty(min(rows, len(x_BD)), len(W_FD), dtype=limit_F.dtype)
     for start in range(0, len(x_BD), rows):
         part = x_BD[start : start + rows]
@@ -1772,11 +1776,12 @@ class CustomTrainer:
             "silent_F": torch.zeros(sae.d_sae, dtype=torch.long),  # steps since a feature fired
             "groups_GM": torch.arange(sae.d_sae).view(-1, config.group_size),
             "share_G": torch.zeros(sae.d_sae // config.group_size),
+            "l_dir": torch.zeros(()),
+            "pull_FD": torch.zeros(0),  # gradient of L_dir when it was last computed
         }
         self.step_count = 0
         self.log_sparsity = math.log(config.sparsity_penalty)
         self.l0 = 2.0 * config.target_l0  # running
-        self.l_dir = 0.0  # when it last entered
         self.history: list[dict[str, Any]] = []
         self.kappa_random = random_condition_number(config.group_size, sae.d_in)
 
@@ -1796,17 +1801,17 @@ class CustomTrainer:
         self.update_use_(use_KF.detach())
         l_dir, l_use = self.direction_term(), self.use_term(use_KF)
         ramp, sparsity = self.ramp(), math.exp(self.log_sparsity)
-        loss = fit + sparsity * l1 + self.alpha * ramp * (l_dir + self.row.eta * l_use)
-        l_orth = self.l_dir + self.row.eta * l_use.item()
+        l_orth = l_dir + self.row.eta * l_use
+        loss = fit + sparsity * l1 + self.alpha * ramp * l_orth
         terms = {
-            "loss": fit.item() + sparsity * l1.item() + self.alpha * ramp * l_orth,
-            "fit": fit.item(), "l1": l1.item(), "l0": len(code.row_N) / len(z_BD),
-            "lambda": sparsity, "alpha": self.alpha, "ramp": ramp, "l_dir": self.l_dir,
-            "l_use": l_use.item(), "l_orth": l_orth,
+            "loss": loss.item(), "fit": fit.item(), "l1": l1.item(),
+            "l0": len(code.row_N) / len(z_BD), "lambda": sparsity, "alpha": self.alpha,
+            "ramp": ramp, "l_dir": float(l_dir), "l_use": l_use.item(), "l_orth": l_orth.item(),
         }
         self.check_finite(terms)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.add_direction_gradient_()
         self.sae.remove_parallel_gradient_()
         self.optimizer.step()
         self.sae.normalize_decoder_()
@@ -1824,29 +1829,36 @@ class CustomTrainer:
         return min(1.0, self.step_count / max(1, self.row.ramp_fraction * self.row.steps))
 
     def direction_term(self) -> Tensor:
-        """L_dir as it enters this step: k-fold every k = `ortho_every` steps, else 0.
+        """L_dir without its gradient, which `add_direction_gradient_` adds.
 
-        Directions turn by little in a few steps, so this has the effect of L_dir at every step
-        (measured: bench/speed.py) at a k-th of its cost.
+        Both are computed every `ortho_every` steps and held in between: directions turn little in
+        a few steps, and so the term costs next to nothing.
         """
-        if self.row.orthogonality == "off" or self.step_count % self.row.ortho_every:
-            return torch.zeros(())
-        l_dir = self.direction_now()
-        self.l_dir = l_dir.item()
-        return self.row.ortho_every * l_dir
+        if self.row.orthogonality != "off" and self.step_count % self.row.ortho_every == 0:
+            matrix = self.kept_apart()
+            l_dir = self.direction_now(matrix)
+            self.state["l_dir"] = l_dir.detach()
+            self.state["pull_FD"] = torch.autograd.grad(l_dir, matrix)[0]
+        return self.state["l_dir"]
 
-    def direction_now(self) -> Tensor:
+    def kept_apart(self) -> nn.Parameter:
+        return self.sae.W_enc_FD if self.row.ortho_matrix == "encoder" else self.sae.W_dec
+
+    def direction_now(self, W_FD: Tensor) -> Tensor:
         row = self.row
-        if row.ortho_matrix == "encoder" and row.orthogonality == "fixed":
-            return gram_identity_loss(self.sae.W_enc_FD)
-        W_FD = self.sae.W_dec
         if row.ortho_matrix == "encoder":
-            W_FD = nn.functional.normalize(self.sae.W_enc_FD, dim=1)
+            if row.orthogonality == "fixed":
+                return gram_identity_loss(W_FD)
+            W_FD = nn.functional.normalize(W_FD, dim=1)
         if row.orthogonality == "max_cosine":
             return max_cosine_loss(W_FD, randomness("chunks", self.seed, self.step_count))
         if row.orthogonality == "fixed":
             return direction_loss(W_FD)
         return direction_loss(W_FD, self.state["groups_GM"], self.state["share_G"])
+
+    def add_direction_gradient_(self) -> None:
+        if self.row.orthogonality != "off":
+            self.kept_apart().grad.add_(self.state["pull_FD"], alpha=self.alpha * self.ramp())
 
     def use_term(self, use_KF: Tensor) -> Tensor:
         if self.row.orthogonality != "adaptive" or not self.row.eta:
@@ -1970,7 +1982,7 @@ class CustomTrainer:
         tensors |= {f"state.{name}": part for name, part in self.state.items()}
         tensors |= {f"sketch.{name}": part for name, part in vars(self.sketch).items()}
         note = {"step_count": self.step_count, "log_sparsity": self.log_sparsity, "l0": self.l0,
-                "l_dir": self.l_dir, "alpha": self.alpha, "history": self.history}
+                "alpha": self.alpha, "history": self.history}
         return tensors, note
 
     @torch.no_grad()

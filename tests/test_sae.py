@@ -43,6 +43,22 @@ def test_sparse_step_equals_dense_step(seed, screen):
         assert b[name].stride() == dict(sae.named_parameters())[name].stride()
 
 
+def test_the_8_bit_screen_misses_nothing_and_lets_little_through(generator):
+    """Activations with an outlier dimension, as residual streams have them; weights along them."""
+    x = torch.randn(512, 96, generator=generator) / 96**0.5
+    x[:, 7] *= 30
+    W = torch.nn.functional.normalize(torch.randn(768, 96, generator=generator), dim=1)
+    W[:256] = torch.nn.functional.normalize(x[:256] * (torch.arange(96) != 7), dim=1)
+    b = -(x @ W.T).quantile(0.98, dim=0)
+    truth = (x @ W.T + b) > 0
+    row, column = ex.candidates(x, W, b, "int8", rows=200)
+    found = torch.zeros_like(truth)
+    found[row, column] = True
+    assert not (truth & ~found).any()
+    assert truth.sum() < found.sum() < 2.5 * truth.sum()
+    assert torch.equal(row, row.sort().values)
+
+
 def test_a_batch_on_which_nothing_fires_gives_defined_gradients():
     sae, z = make()
     with torch.no_grad():
