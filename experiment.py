@@ -722,8 +722,8 @@ class Pythia:
                 wanted = (config.probe_train + config.probe_test) // 2
                 probes[name] = {"rows": source.rows(self, wanted)}
             except (UserError, ValueError, KeyError) as error:
-                skipped[name] = str(error)
-                say(f"probing set {name} is skipped, in all runs from this cache: {error}")
+                skipped[name] = str(error) if isinstance(error, UserError) else repr(error)
+                say(f"probing set {name} is skipped, in all runs from this cache: {skipped[name]}")
         return probes, skipped
 
 
