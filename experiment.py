@@ -634,7 +634,7 @@ class Pythia:
     def __init__(self, cache: Cache):
         self.cache = cache
         self.fingerprint = digest(self.revisions)
-        datasets.config.STREAMING_READ_MAX_RETRIES = 1  # 20 times what the Hub's client does anyway
+        datasets.config.STREAMING_READ_MAX_RETRIES = 1  # not 20 rounds of the client's own 5
 
     def check(self, timeout: float = 5.0) -> None:
         """Raise UserError, which says why, where model and data cannot be had."""

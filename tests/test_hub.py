@@ -196,7 +196,7 @@ def test_passing_faults_change_nothing(hub, study, tmp_path):
     assert [fault.kind for fault in hub.faults if fault.times] == []
     (path,) = (study[0] / "cache" / "pythia").glob("corpus-*.safetensors")
     assert json.loads(done.stdout) == ex.read_tensors(path)[1]
-    weights, = (tmp_path / "hf").rglob("model.safetensors")
+    (weights,) = (tmp_path / "hf").rglob("model.safetensors")
     served = hub.repositories["models", NAME][0].files["model.safetensors"]
     assert weights.read_bytes() == served
 
