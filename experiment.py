@@ -611,6 +611,17 @@ def cloze_questions(meanings: dict[str, str]) -> list[Question]:
     return questions
 
 
+@contextlib.contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """One line for whatever the Hub's clients raise: each version of theirs has its own kinds."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{what} cannot be had from the Hugging Face Hub or its cache "
+                        f"({type(error).__name__}: {reason}); check network and HF_HOME") from error
+
+
 class Pythia:
     """Pythia-70M, WikiText-103, WMDP-bio and MMLU from the Hugging Face Hub."""
 
@@ -621,6 +632,7 @@ class Pythia:
         "EleutherAI/pythia-70m-deduped": "e93a9faa9c77e5d09219f6c868bfc7a1bd65593c",
         "Salesforce/wikitext": "b08601e04326c79dfdd32d625aee71d232d685c3",
         "cais/mmlu": "c30699e8356da336a370243923dbaf21066bb9fe",
+        "codeparrot/github-code": "refs/convert/parquet",  # main is a script, which no longer loads
     }  # others, and cais/wmdp, are read at their newest commit
     retain_subjects = ("high_school_us_history", "college_computer_science",
                        "high_school_geography", "human_aging")
@@ -628,29 +640,37 @@ class Pythia:
     def __init__(self, cache: Cache):
         self.cache = cache
         self.fingerprint = digest(self.revisions)
+        datasets.config.STREAMING_READ_MAX_RETRIES = 1  # not 20 rounds of the client's own 5
 
-    def available(self, timeout: float = 5.0) -> str | None:
-        """None where model and data can be had, else the reason why not."""
-        cached = huggingface_hub.try_to_load_from_cache(self.model_name, "config.json")
+    def check(self, timeout: float = 5.0) -> None:
+        """Raise UserError, which says why, where model and data cannot be had."""
+        revision = self.revisions[self.model_name]
+        cached = huggingface_hub.try_to_load_from_cache(self.model_name, "model.safetensors",
+                                                        revision=revision)
         corpora = list(self.cache.root.glob(f"{self.name}/corpus-*.safetensors"))
         if isinstance(cached, str) and corpora:
-            return None
-        try:
+            return
+        with hub_errors(self.model_name):
+            huggingface_hub.HfApi().model_info(self.model_name, revision=revision, timeout=timeout)
             for name in ("cais/wmdp", "Salesforce/wikitext"):
                 huggingface_hub.HfApi().dataset_info(name, timeout=timeout)
-            huggingface_hub.HfApi().model_info(self.model_name, timeout=timeout)
-        except Exception as error:  # noqa: BLE001 - each client version raises its own kinds
-            return str(error).strip().splitlines()[0][:160] or type(error).__name__
-        return None
 
     def fetch(self) -> None:
-        huggingface_hub.snapshot_download(
-            self.model_name, revision=self.revisions[self.model_name],
-            allow_patterns=["*.json", "*.safetensors"],
-        )
+        """The model's files; damaged weights (the Hub's cache names them by SHA-256) once more."""
+        for again in (False, True):
+            with hub_errors(self.model_name):
+                folder = huggingface_hub.snapshot_download(
+                    self.model_name, revision=self.revisions[self.model_name],
+                    allow_patterns=["*.json", "*.safetensors"], force_download=again)
+            weights = Path(folder, "model.safetensors")
+            expected = weights.readlink().name if weights.is_symlink() else ""
+            if len(expected) != 64 or sha256_of(weights) == expected:
+                return
+            say(f"{weights} does not match its hash")
+        raise UserError(f"the Hugging Face Hub gives a damaged {self.model_name}; try again later")
 
     def load_model(self, dtype: torch.dtype) -> tuple[nn.Module, Any]:
-        options = dict(revision=self.revisions[self.model_name])
+        options = dict(revision=self.revisions[self.model_name], local_files_only=True)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             self.model_name, dtype=dtype, **options
         )
@@ -659,8 +679,10 @@ class Pythia:
     def rows(self, path: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
         """Rows of a data set, streamed, so that only what is used is fetched."""
         revision = self.revisions.get(path, "main")
-        return iter(datasets.load_dataset(path, config, split=split, revision=revision,
-                                          streaming=True))
+        place = {"data_dir" if "convert" in revision else "name": config}
+        with hub_errors(path):
+            yield from datasets.load_dataset(path, **place, split=split, revision=revision,
+                                             streaming=True)
 
     def wikitext(self, split: str, characters: int) -> list[str]:
         texts: list[str] = []
@@ -711,9 +733,9 @@ class Pythia:
             try:
                 wanted = (config.probe_train + config.probe_test) // 2
                 probes[name] = {"rows": source.rows(self, wanted)}
-            except (OSError, ValueError, RuntimeError, KeyError) as error:
-                skipped[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
-                say(f"probing set {name} is skipped: {skipped[name]}")
+            except (UserError, ValueError, KeyError) as error:
+                skipped[name] = str(error) if isinstance(error, UserError) else repr(error)
+                say(f"probing set {name} is skipped, in all runs from this cache: {skipped[name]}")
         return probes, skipped
 
 
@@ -748,7 +770,7 @@ class ProbeSource:
             buckets = [texts for (name, _), texts in kept.items() if name == label]
             if not buckets:
                 raise ValueError(f"{self.path} has no row of class {label!r}")
-            size = min(wanted // len(buckets), *(len(texts) for texts in buckets), wanted)
+            size = min(wanted // len(buckets), *(len(texts) for texts in buckets))
             chosen = [text for texts in buckets for text in texts[:size]]
             rows += [(probe_part(text), str(label), text) for text in chosen]
         return rows
@@ -772,7 +794,7 @@ PROBE_SOURCES = {
     "codeparrot/github-code": ProbeSource(
         "codeparrot/github-code", ("C", "Python", "HTML", "Java", "PHP"),
         lambda row: row["language"],
-        lambda row: row["code"][150:] if len(row["code"]) > 534 else None),
+        lambda row: row["code"][150:] if len(row["code"]) > 534 else None, configs=("all-all",)),
     "fancyzhx/ag_news": ProbeSource(
         "fancyzhx/ag_news", (0, 1, 2, 3), lambda row: row["label"], lambda row: row["text"]),
     "Helsinki-NLP/europarl": ProbeSource(
@@ -790,12 +812,13 @@ def choose_substrate(choice: str, cache: Cache) -> Standin | Pythia:
     pythia, standin = Pythia(cache), Standin(cache)
     if choice == "standin":
         return standin
-    if (reason := pythia.available()) is None:
+    try:
+        pythia.check()
         return pythia
-    if choice == "pythia":
-        raise UserError(f"SAE_SUBSTRATE=pythia, but the Hugging Face Hub and its cache do not give "
-                        f"{pythia.model_name} ({reason}); check the network or HF_HOME")
-    say(f"substrate: standin ({standin.model_name}); {pythia.model_name} cannot be had: {reason}")
+    except UserError as reason:
+        if choice == "pythia":
+            raise
+        say(f"substrate: standin ({standin.model_name}); {reason}")
     return standin
 
 

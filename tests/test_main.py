@@ -1,4 +1,4 @@
-"""The real main job: on the stand-in at smoke budget, and on Pythia's code with local files."""
+"""The real main job on the stand-in at smoke budget."""
 
 import dataclasses
 import json
@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 import experiment as ex
 
@@ -200,97 +198,3 @@ def test_run_10_takes_the_best_of_its_candidates(tmp_path):
     config = ex.resolve_config("run_10", "full", tmp_path)
     assert (config.alpha, config.regroup_every) == (0.05, 100)
     assert not set(config.seeds) & set(ex.resolve_config("run_1", "full", tmp_path).seeds)
-
-
-# -- Pythia's code, with a random model of its architecture and data sets of its columns ---------
-
-
-def local_hub(folder):
-    """A model, a tokenizer and rows for every data set, all in local files."""
-    rows = {
-        "Salesforce/wikitext": [
-            {
-                "text": f" The {w} of the old town stood by the river until {i}, "
-                "when the council took it down and built a market there ."
-            }
-            for i, w in enumerate(["church", "bridge", "tower", "school"] * 60)
-        ],
-        "cais/wmdp": [
-            {
-                "question": f"Which part of the cell number {i} turns sugar into energy?",
-                "choices": ["the wall", "the mitochondrion", "water", "salt"],
-                "answer": 1,
-            }
-            for i in range(120)
-        ],
-        "cais/mmlu": [
-            {
-                "question": f"In which century was treaty {i} signed?",
-                "subject": "history",
-                "choices": ["first", "tenth", "last", "none"],
-                "answer": i % 4,
-            }
-            for i in range(20)
-        ],
-        "fancyzhx/ag_news": [
-            {"text": f"News item {i} about topic {i % 4} and what it means today", "label": i % 4}
-            for i in range(400)
-        ],
-    }
-    for name, items in rows.items():
-        path = folder / f"{name.replace('/', '_')}.jsonl"
-        path.write_text("".join(json.dumps(item) + "\n" for item in items))
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"])
-    tokenizer.train_from_iterator([str(items) for items in rows.values()], trainer)
-    wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>"
-    )
-    config = transformers.GPTNeoXConfig(
-        vocab_size=400,
-        hidden_size=128,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        intermediate_size=256,
-    )
-    torch.manual_seed(0)
-    model = transformers.GPTNeoXForCausalLM(config)
-    model.save_pretrained(folder / "model")
-    wrapped.save_pretrained(folder / "model")
-
-
-def test_pythias_code_on_local_files(tmp_path, monkeypatch):
-    local_hub(tmp_path)
-    load = ex.datasets.load_dataset
-
-    def local(path, config=None, split=None, revision=None, streaming=False):
-        file = tmp_path / f"{path.replace('/', '_')}.jsonl"
-        if not file.exists():
-            raise FileNotFoundError(f"no {path} here")
-        return load("json", data_files=str(file), split="train", streaming=streaming)
-
-    monkeypatch.setattr(ex.datasets, "load_dataset", local)
-    monkeypatch.setattr(ex.Pythia, "model_name", str(tmp_path / "model"))
-    monkeypatch.setattr(ex.Pythia, "revisions", {str(tmp_path / "model"): "main"})
-    monkeypatch.setattr(ex.Pythia, "available", lambda self: None)
-    monkeypatch.setattr(ex.Pythia, "fetch", lambda self: None)
-    for name, value in (
-        ("SAE_SUBSTRATE", "auto"),
-        ("SAE_BUDGET", "smoke"),
-        ("SAE_CACHE_DIR", str(tmp_path / "cache")),
-        ("WANDB_MODE", "disabled"),
-    ):
-        monkeypatch.setenv(name, value)
-    info = ex.run_experiment(tmp_path / "run_2", ex.Interrupts())
-    assert info["substrate"] == "pythia"
-    assert info["config"]["hook_name"] == "blocks.3.hook_resid_post"
-    assert "fancyzhx/ag_news" in info["eval_config"]["dataset_names"]
-    assert "no LabHC/bias_in_bios here" in info["skipped"]["LabHC/bias_in_bios_class_set1"]
-    unlearning = info["unlearning"]["per_seed"][0]
-    assert unlearning["counts"]["forget"]["asked"] > 0
-    assert len(unlearning["settings"]) == 16
-    assert info["means"]["explained_variance"] > 0.3
-    text = (tmp_path / "run_2" / "final_info.json").read_text()
-    assert "NaN" not in text
-    assert "Infinity" not in text

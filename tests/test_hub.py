@@ -1,0 +1,206 @@
+"""The real main job on the `pythia` substrate, against a Hub on this machine that may fail."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hub_fixtures
+import pytest
+from hub import Fault, Hub
+
+import experiment as ex
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = ex.Pythia.model_name
+NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens there
+FETCH = """
+import os, pathlib, experiment as ex
+ex.quiet_libraries()
+pythia = ex.Pythia(ex.Cache(pathlib.Path(os.environ["SAE_CACHE_DIR"])))
+pythia.fetch()
+"""
+CORPUS = FETCH + """
+config = ex.resolve_config("run_2", "smoke", pathlib.Path("."))
+print(ex.to_json(pythia.corpus(config)))
+"""
+CHOOSE = """
+import os, pathlib, experiment as ex
+print(ex.choose_substrate("auto", ex.Cache(pathlib.Path(os.environ["SAE_CACHE_DIR"]))).name)
+"""
+
+
+def run(endpoint, folder, *arguments, **environment):
+    """A Python process whose Hub is `endpoint`, with caches of its own in `folder`."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    env = {**inherited, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"),
+           "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+           "SAE_CACHE_DIR": str(folder / "cache"), "SAE_SUBSTRATE": "pythia",
+           "SAE_BUDGET": "smoke", "WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT),
+           **environment}
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=env, capture_output=True,
+                          text=True)
+
+
+def experiment(endpoint, folder, out_dir="run_2", **environment):
+    return run(endpoint, folder, ROOT / "experiment.py", f"--out_dir={out_dir}", **environment)
+
+
+def one_line_error(done):
+    lines = done.stderr.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert done.returncode == 1, done.stderr[-1500:]
+    assert errors == lines[-1:], done.stderr[-1500:]
+    assert "Traceback" not in done.stderr
+    return errors[0]
+
+
+@pytest.fixture(scope="module")
+def running_hub():
+    with Hub() as hub:
+        hub_fixtures.fill(hub)
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def study(running_hub, tmp_path_factory):
+    """A folder in which run_2 has run on what the Hub gave; its requests."""
+    folder = tmp_path_factory.mktemp("pythia")
+    done = experiment(running_hub.endpoint, folder)
+    assert done.returncode == 0, done.stderr[-1500:]
+    return folder, done, list(running_hub.requests)
+
+
+@pytest.fixture
+def hub(running_hub):
+    yield running_hub
+    running_hub.faults.clear()
+
+
+def read(folder, run):
+    text = (folder / run / "final_info.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    return json.loads(text)
+
+
+def test_main_job_runs_on_what_the_hub_serves(study):
+    folder, done, _ = study
+    info = read(folder, "run_2")
+    assert "run_2 on pythia (smoke)" in done.stdout
+    assert (info["substrate"], info["config"]["model_name"]) == ("pythia", NAME)
+    assert (info["config"]["d_in"], info["config"]["d_sae"]) == (512, 1024)
+    assert info["config"]["hook_name"] == "blocks.3.hook_resid_post"
+    assert info["means"]["explained_variance"] > 0.3
+    assert info["means"]["llm_test_accuracy"] > 0.75
+    unlearning = info["unlearning"]["per_seed"][0]
+    assert unlearning["counts"]["forget"]["asked"] == 16
+    assert len(unlearning["settings"]) == 16
+    exported = folder / "run_2" / "seed_1" / "sae_lens" / "cfg.json"
+    assert json.loads(exported.read_text())["d_in"] == 512
+
+
+def test_every_probing_set_is_either_used_or_skipped_with_a_reason(study):
+    folder, done, _ = study
+    info = read(folder, "run_2")
+    used, skipped = info["eval_config"]["dataset_names"], info["skipped"]
+    assert sorted([*used, *skipped]) == sorted(ex.PROBE_SOURCES)
+    assert "codeparrot/github-code" in used  # from its converted files: main holds a script
+    absent, broken = hub_fixtures.ABSENT, hub_fixtures.BROKEN
+    assert set(skipped) == {absent, f"{absent}_sentiment", broken}
+    assert "doesn't exist on the Hub" in skipped[absent]
+    assert "corrupted" in skipped[broken]
+    for name, reason in skipped.items():
+        assert f"{name} is skipped" in done.stderr
+        assert reason in done.stderr
+
+
+def test_pinned_repositories_are_read_at_their_commit(running_hub, study):
+    files = [request.split("/resolve/") for request in study[2] if "/resolve/" in request]
+    for name, revision in ex.Pythia.revisions.items():
+        kind = "models" if name == NAME else "datasets"
+        pinned = [repository.commit for repository in running_hub.repositories[kind, name]
+                  if revision in (repository.commit, repository.branch)]
+        asked = [path for start, path in files if start.endswith(f" /{name}")
+                 or start.endswith(f" /datasets/{name}")]
+        assert asked
+        assert all(path.startswith((revision, *pinned)) for path in asked), name
+
+
+def test_another_row_runs_offline_from_the_cache(hub, study):
+    """`auto` takes Pythia from the cache, and no request is made."""
+    folder, _, requests = study
+    hub.faults.append(Fault("", "hang up"))
+    before = len(hub.requests)
+    done = experiment(hub.endpoint, folder, "run_8", HF_HUB_OFFLINE="1", SAE_SUBSTRATE="auto")
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert len(hub.requests) == before
+    first, second = read(folder, "run_2"), read(folder, "run_8")
+    assert second["config"]["orthogonality"] == "off"
+    for key in ("substrate", "skipped"):
+        assert second[key] == first[key]
+    assert second["means"]["llm_test_accuracy"] == first["means"]["llm_test_accuracy"]
+
+
+def test_auto_takes_pythia_where_the_hub_serves_it_and_else_the_standin(hub, tmp_path):
+    done = run(hub.endpoint, tmp_path, "-c", CHOOSE)
+    assert (done.stdout, done.stderr) == ("pythia\n", "")
+    done = run(NOWHERE, tmp_path, "-c", CHOOSE)
+    assert done.stdout == "standin\n"
+    assert len(done.stderr.splitlines()) == 1
+    assert f"substrate: standin ({ex.Standin.model_name}); {NAME} cannot be had" in done.stderr
+    assert "Connection refused" in done.stderr
+
+
+def test_pythia_with_nobody_there_is_one_line(tmp_path):
+    error = one_line_error(experiment(NOWHERE, tmp_path))
+    assert NAME in error
+    assert "Connection refused" in error
+    assert not (tmp_path / "run_2" / "final_info.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kind", "names", "reason"),
+    [
+        (f"/api/models/{NAME}", "404", NAME, "404"),
+        ("/api/datasets/cais/wmdp", "429", NAME, "429"),
+        ("/api/", "500", NAME, "500"),
+        ("/api/", "stall", NAME, "timed out"),
+        ("GET .*safetensors", "404", NAME, "404"),
+        ("GET .*safetensors", "429", NAME, "429"),
+        ("GET .*safetensors", "500", NAME, "500"),
+        ("GET .*safetensors", "hang up", NAME, "disconnected"),
+        ("safetensors", "short", NAME, "damaged"),
+        ("wmdp.*parquet", "500", "cais/wmdp", "500"),
+        ("wmdp.*parquet", "short", "cais/wmdp", ""),
+    ],
+)
+def test_a_hub_that_keeps_failing_is_one_line(hub, tmp_path, pattern, kind, names, reason):
+    hub.faults.append(Fault(pattern, kind))
+    error = one_line_error(experiment(hub.endpoint, tmp_path))
+    assert names in error
+    assert reason in error
+    assert not (tmp_path / "run_2" / "final_info.json").exists()
+
+
+def test_passing_faults_change_nothing(hub, study, tmp_path):
+    """What is cut, slow or refused once is asked for again, and the whole of it is got."""
+    hub.faults += [Fault("GET .*safetensors", "cut", 1), Fault("GET .*tokenizer.json", "stall", 1),
+                   Fault("wikitext-103-raw-v1/train.*parquet", "cut", 1),
+                   Fault("wikitext-103-raw-v1/test.*parquet", "stall", 1),
+                   Fault("wmdp.*parquet", "500", 1), Fault("mmlu.*parquet", "429", 2),
+                   Fault("github-code.*0000.parquet", "hang up", 1)]
+    done = run(hub.endpoint, tmp_path, "-c", CORPUS, HF_HUB_DOWNLOAD_TIMEOUT="1")
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert [fault.kind for fault in hub.faults if fault.times] == []
+    (path,) = (study[0] / "cache" / "pythia").glob("corpus-*.safetensors")
+    assert json.loads(done.stdout) == ex.read_tensors(path)[1]
+    (weights,) = (tmp_path / "hf").rglob("model.safetensors")
+    served = hub.repositories["models", NAME][0].files["model.safetensors"]
+    assert weights.read_bytes() == served
+
+    weights.write_bytes(served[:-9] + b"!" + served[-8:])
+    done = run(hub.endpoint, tmp_path, "-c", FETCH)
+    assert "does not match its hash" in done.stderr
+    assert weights.read_bytes() == served
