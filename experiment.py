@@ -268,8 +268,8 @@ TRAINING_CODE = section("Sparse autoencoder", "Evaluations")
 EVALUATION_CODE = section("Evaluations", "Results")
 
 
-def checksum(tensors: dict[str, Tensor], note: str) -> str:
-    state = hashlib.sha256(note.encode())
+def checksum(tensors: dict[str, Tensor], label: str) -> str:
+    state = hashlib.sha256(label.encode())
     for name in sorted(tensors):
         flat = tensors[name].detach().cpu().contiguous()
         state.update(f"{name}{flat.dtype}{tuple(flat.shape)}".encode())
@@ -283,11 +283,14 @@ def non_finite(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], note: Any = None) -> None:
-    """A safetensors file with a JSON note and a checksum over both."""
+    """A safetensors file of tensors and a JSON note, with a checksum over them and its name.
+
+    The note is a tensor too, because a header may have no more than 100 MB and a corpus may.
+    """
     tensors = {name: part.detach().cpu().contiguous() for name, part in tensors.items()}
-    text = to_json(note)
-    metadata = {"note": text, "sha256": checksum(tensors, text)}
-    write_atomically(path, safetensors.torch.save(tensors, metadata))
+    tensors["note"] = torch.frombuffer(bytearray(to_json(note).encode()), dtype=torch.uint8)
+    sha256 = checksum(tensors, path.name)
+    write_atomically(path, safetensors.torch.save(tensors, {"sha256": sha256}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any] | None:
@@ -298,8 +301,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any] | None:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if checksum(tensors, metadata["note"]) == metadata["sha256"]:
-            return tensors, json.loads(metadata["note"])
+        if checksum(tensors, path.name) == metadata["sha256"]:
+            return tensors, json.loads(bytes(tensors.pop("note").numpy()))
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         say(f"{path} is damaged ({type(error).__name__}); it is made anew")
         return None
@@ -324,7 +327,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     try:
         info = json.loads(path.read_bytes())
         known = all(isinstance(info[key], kind) for key, kind in needed.items())
-        if known and info.get("sha256", result_checksum(info)) == result_checksum(info):
+        if known and ("sha256" not in info or info["sha256"] == result_checksum(info)):
             return info
     except (FileNotFoundError, NotADirectoryError):
         return None
