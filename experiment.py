@@ -39,6 +39,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":  # Ctrl-C during the imports ends it, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 try:
     import datasets
     import huggingface_hub
@@ -225,6 +228,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(handle)
         temporary.chmod(0o644)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = path  # of a full disk the system names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -170,8 +170,8 @@ def test_a_disk_that_takes_no_more_is_one_line_and_damages_nothing(whole, job, t
             assert job() == 1, limit
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        said = [line for line in capfd.readouterr().err.splitlines() if "error" in line.lower()]
-        assert [line.startswith("error: File too large") for line in said[-1:]] == [True]
+        (said,) = [line for line in capfd.readouterr().err.splitlines() if line[:6] == "error:"]
+        assert said.startswith(f"error: File too large: {tmp_path / 'cache'}"), said
         assert not list(tmp_path.rglob("*.part"))
     assert job() == 0
     assert contents(tmp_path / "run_1") == contents(whole)
@@ -395,7 +395,7 @@ def test_only_the_run_folder_the_cache_and_the_notes_are_written(whole, job, tmp
 
 def test_no_code_comes_with_data():
     source = Path(ex.__file__).read_text() + Path(plot.__file__).read_text()
-    for unsafe in ("trust_remote_code=", "torch.load(", "import pickle", "extractall", " eval("):
+    for unsafe in ("trust_remote_code=", "torch.load(", "import pickle", "extractall"):
         assert unsafe not in source
     standin = ex.Standin.requirements.read_text().splitlines()
     assert all("--hash=sha256:" in line for line in standin if not line.startswith("#"))
@@ -405,3 +405,42 @@ def test_exports_hold_no_pickled_code(whole):
     file = whole / "seed_0" / "dictionary_learning" / "trainer_0" / "ae.pt"
     lens = load_file(whole / "seed_0" / "sae_lens" / "sae_weights.safetensors")
     assert torch.equal(torch.load(file, weights_only=True)["bias"], lens["b_dec"])
+
+
+# -- Collapse ------------------------------------------------------------------------------------
+
+COLLAPSED = {
+    "nothing fires": dict(sparsity_penalty=1e4, sparsity_rate=0.0, resample_fraction=0.0),
+    "everything fires": dict(sparsity_penalty=0.0, target_l0=250.0, learning_rate=0.0),
+    "no question": dict(question_candidates=0),
+    "too few texts": dict(probe_train=4, probe_test=2),
+}
+
+
+@pytest.mark.parametrize("how", COLLAPSED)
+def test_collapsed_runs_end_with_defined_numbers(job, monkeypatch, tmp_path, how):
+    monkeypatch.setattr(ex, "BUDGETS", {"smoke": {**small.TINY, **COLLAPSED[how], "n_seeds": 1}})
+    assert job() == 0
+    info = ex.read_result(tmp_path / "run_1")
+    for path in tmp_path.glob("run_1/*.json*"):
+        assert "NaN" not in path.read_text()
+        assert "Infinity" not in path.read_text()
+    means, unlearning = info["means"], info["unlearning"]["per_seed"][0]
+    if how == "nothing fires":
+        assert means["l0"] == means["frac_alive"] == means["unlearning_area"] == 0
+        assert means["sae_test_accuracy"] == pytest.approx(0.5, abs=0.1)
+    if how == "everything fires":
+        assert means["l0"] > 128
+    if how == "no question":
+        assert (means["unlearning_score"], unlearning["n_forget_questions"]) == (None, 0)
+    if how == "too few texts":
+        assert "sae_test_accuracy" not in means
+    assert plot.read_study([tmp_path / "run_1"])[0]
+
+
+def test_a_dictionary_of_duplicates_has_a_finite_condition_number():
+    W_FD = torch.zeros(16, 8)
+    W_FD[:, 0] = 1.0
+    kappa = ex.condition_numbers(W_FD, torch.arange(16).view(2, 8))
+    assert torch.isfinite(kappa).all()
+    assert float(kappa.min()) > 1e6
