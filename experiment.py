@@ -2807,6 +2807,14 @@ def run_experiment(out_dir: Path, interrupts: Interrupts) -> dict[str, Any]:
         raise UserError(f"another process works on {out_dir}; wait for it, or stop it") from None
 
 
+def set_aside_results(out_dir: Path, record: dict[str, Any]) -> None:
+    """Results of another configuration must not lie beside this one's weights, nor be lost."""
+    before = read_result(out_dir)
+    if before and before["config"] != json.loads(to_json(record)):
+        say(f"{out_dir} held results of another configuration; they are in final_info.old.json now")
+        os.replace(out_dir / "final_info.json", out_dir / "final_info.old.json")
+
+
 def run_locked(out_dir: Path, run: str, budget: str, config: CustomSAEConfig, cache: Cache,
                interrupts: Interrupts) -> dict[str, Any]:
     clock, device = Clock(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -2823,6 +2831,7 @@ def run_locked(out_dir: Path, run: str, budget: str, config: CustomSAEConfig, ca
               "substrate": substrate.name, "budget": budget, "model_name": substrate.model_name,
               "hook_name": hook_name(substrate), "train_tokens_unique": len(buffer),
               "activation_scale": buffer.scale}
+    set_aside_results(out_dir, record)
     write_text(out_dir / "config.json", to_json(record, 2))
     logger = Logger(run, record, f"{substrate.name}-{budget}", cache)
     history, rows, evaluations = [], [], []

@@ -74,9 +74,9 @@ def job(hub, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(hub, tmp_path_factory):
-    """The run folder of an uninterrupted run in a process of its own, with secrets about."""
+    """Run folder of an undisturbed run: own process, ASCII terminal, secrets about."""
     folder = tmp_path_factory.mktemp("whole")
-    done = child(hub, folder, "x", 0, "never", **SECRETS)
+    done = child(hub, folder, "x", 0, "never", PYTHONIOENCODING="ascii", **SECRETS)
     assert done.returncode == 0, done.stderr[-1500:]
     return folder / "run_1"
 
@@ -277,6 +277,23 @@ def test_a_malformed_neighbour_costs_the_comparison_only(whole, job, tmp_path, c
     assert job() == 0
     assert "run_8 is of another version (TypeError); not compared" in capfd.readouterr().err
     assert ex.read_result(tmp_path / "run_1")["comparisons"] == {}
+
+
+def test_results_of_another_configuration_are_set_aside(whole, job, tmp_path, capfd):
+    shutil.copytree(whole.parent, tmp_path, dirs_exist_ok=True)
+    assert job() == 0
+    assert "another configuration" not in capfd.readouterr().err
+    text = (whole / "final_info.json").read_text()
+    older = {**json.loads(text), "config": {"alpha": 0.2}}
+    (tmp_path / "run_1" / "final_info.json").write_text(
+        ex.to_json({**older, "sha256": ex.result_checksum(older)})
+    )
+    assert job() == 0
+    assert "another configuration; they are in final_info.old.json" in capfd.readouterr().err
+    assert json.loads((tmp_path / "run_1" / "final_info.old.json").read_text())["config"] == {
+        "alpha": 0.2
+    }
+    assert ex.read_result(tmp_path / "run_1")["config"]["alpha"] == 0.1
 
 
 # -- Notes ---------------------------------------------------------------------------------------
