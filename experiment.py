@@ -1235,9 +1235,11 @@ class Questions:
                 last = len(table) - 1
                 for j, option in enumerate(options):
                     add(option[:40], root + 1 + j, root, len(ids), last, 4 * side + j)
-        answers = torch.tensor([question.answer for question, _ in questions])
-        forest = cls(*torch.tensor(table).view(-1, 7).T.contiguous(), answers,
-                     torch.tensor([domain for _, domain in questions]),
+        answers = [question.answer for question, _ in questions]
+        domains = [domain for _, domain in questions]
+        forest = cls(*torch.tensor(table, dtype=torch.long).view(-1, 7).T.contiguous(),
+                     torch.tensor(answers, dtype=torch.long),
+                     torch.tensor(domains, dtype=torch.long),
                      torch.zeros(len(table), lm.d_in, dtype=lm.head.weight.dtype),
                      torch.empty(0))
         for index_RT, tokens, layout in forest.rows(torch.arange(len(forest))):

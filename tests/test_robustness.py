@@ -427,8 +427,8 @@ def test_exports_hold_no_pickled_code(whole):
 # -- Collapse ------------------------------------------------------------------------------------
 
 COLLAPSED = {
-    "nothing fires": dict(sparsity_penalty=1e4, sparsity_rate=0.0, resample_fraction=0.0),
-    "everything fires": dict(sparsity_penalty=0.0, target_l0=250.0, learning_rate=0.0),
+    "nothing fires": dict(learning_rate=0.0, resample_fraction=0.0),
+    "everything fires": dict(learning_rate=0.0),
     "no question": dict(question_candidates=0),
     "too few texts": dict(probe_train=4, probe_test=2),
 }
@@ -437,6 +437,10 @@ COLLAPSED = {
 @pytest.mark.parametrize("how", COLLAPSED)
 def test_collapsed_runs_end_with_defined_numbers(job, monkeypatch, tmp_path, how):
     monkeypatch.setattr(ex, "BUDGETS", {"smoke": {**small.TINY, **COLLAPSED[how], "n_seeds": 1}})
+    if how.endswith("fires"):
+        bias = -100.0 if how.startswith("nothing") else 100.0
+        monkeypatch.setattr(ex.CustomSAE, "initialize_biases_", lambda sae, *_:
+                            sae.b_enc.data.fill_(bias))
     assert job() == 0
     info = ex.read_result(tmp_path / "run_1")
     for path in tmp_path.glob("run_1/*.json*"):
@@ -447,7 +451,8 @@ def test_collapsed_runs_end_with_defined_numbers(job, monkeypatch, tmp_path, how
         assert means["l0"] == means["frac_alive"] == means["unlearning_area"] == 0
         assert means["sae_test_accuracy"] == pytest.approx(0.5, abs=0.1)
     if how == "everything fires":
-        assert means["l0"] > 128
+        assert means["l0"] == 256
+        assert means["forget_features"] == 0
     if how == "no question":
         assert (means["unlearning_score"], unlearning["n_forget_questions"]) == (None, 0)
     if how == "too few texts":
