@@ -2800,7 +2800,7 @@ def run_experiment(out_dir: Path, interrupts: Interrupts) -> dict[str, Any]:
         raise UserError(f"--out_dir {out_dir} is a file; name a folder that is new or a run's own")
     out_dir.mkdir(parents=True, exist_ok=True)
     if links := [path for path in out_dir.rglob("*") if path.is_symlink()]:
-        raise UserError(f"{links[0]} is a link, so that what is written there would land elsewhere")
+        raise UserError(f"{links[0]} is a link and may lead out of the run folder; remove it")
     lock = cache.lock(f"run-{digest(str(out_dir.resolve()))}", timeout=0)
     try:
         with lock:

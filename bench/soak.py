@@ -61,7 +61,7 @@ class Study:
 
     def kill(self, rng: random.Random) -> str | None:
         """Start, kill at a random moment, say where; None if the run was finished before."""
-        at_write, delay = rng.random() < 0.5, rng.uniform(1, 60)
+        at_write, delay = rng.random() < 0.5, rng.uniform(3, 40)
         before, process, start = set(self.writing()), self.start(), time.monotonic()
         while process.poll() is None:
             fresh = [path for path in self.writing() if path not in before] if at_write else []
