@@ -2706,7 +2706,7 @@ def update_notes(path: Path, run: str, info: dict[str, Any], cache: Cache) -> No
         text, found = re.subn(pattern.encode(), lambda _: section.encode(), text, count=1,
                               flags=re.S)
         if not found:
-            text = text.rstrip(b"\n") + b"\n\n" + section.encode()
+            text += (b"\n" if text.endswith(b"\n") else b"\n\n") + section.encode()
         write_atomically(path, text)
 
 

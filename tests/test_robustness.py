@@ -316,12 +316,12 @@ def test_runs_that_finish_at_once_are_all_noted(tmp_path):
 
 
 def test_notes_in_any_encoding_are_kept_byte_by_byte(tmp_path):
-    mine = b"caf\xe9, \r\nin Latin-1\r\n"
+    mine = b"caf\xe9, \r\nin Latin-1\r\n\n\n\n"
     (tmp_path / "notes.txt").write_bytes(mine)
     note("run_8", tmp_path)
     note("run_8", tmp_path, 2.0)
     found = (tmp_path / "notes.txt").read_bytes()
-    assert found.startswith(mine)
+    assert found.startswith(mine + b"\n===")
     assert found.count(b"=== run_8 (") == 1
     assert b"2.0000" in found
 
