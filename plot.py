@@ -7,6 +7,7 @@ wholly or in part, is named in one line with the reason. Runs of different subst
 are not comparable: the pair with the most finished runs is drawn, the others are left out.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -152,6 +153,11 @@ def read_info(folder: Path) -> dict:
         raise ValueError("unknown substrate or budget")
     if info.get("run", folder.name) != folder.name:
         raise ValueError("final_info.json is of another run")
+    times = ("timing", "datetime_epoch_millis", "sha256")
+    text = json.dumps({key: info[key] for key in info if key not in times}, ensure_ascii=False)
+    checksum = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+    if info.get("sha256", checksum) != checksum:
+        raise ValueError("final_info.json was altered since the run wrote it")
     return info
 
 
