@@ -1,6 +1,7 @@
 """dictionary_learning's side: loads our export, evaluates it, and trains from text to SAE."""
 
 import itertools
+import json
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,7 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
 def pipeline(request: dict[str, Any]) -> dict[str, Any]:
     """Seconds from text in memory to a trained SAE; the language model is loaded before."""
     folder = Path(request["folder"])
+    stored = json.loads((folder / "texts.json").read_text())
     torch.set_num_threads(request["threads"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"),
                                         **request["special"])
@@ -45,7 +47,7 @@ def pipeline(request: dict[str, Any]) -> dict[str, Any]:
                    l1_penalty=0.04, warmup_steps=10, sparsity_warmup_steps=10, device="cpu")
     start = time.perf_counter()
     buffer = ActivationBuffer(
-        itertools.cycle(request["pieces"]), model, model.gpt_neox.layers[request["layer"]],
+        itertools.cycle(stored["pieces"]), model, model.gpt_neox.layers[request["layer"]],
         d_submodule=request["d_in"], n_ctxs=request["buffer_contexts"],
         ctx_len=request["context_length"], refresh_batch_size=request["rows"],
         out_batch_size=request["batch_size"], device="cpu",

@@ -1,5 +1,6 @@
 """SAELens' side: loads our export, applies its own metrics, and trains from text to SAE."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,14 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
 def pipeline(request: dict[str, Any]) -> dict[str, Any]:
     """Seconds from text in memory to a trained SAE; the language model is loaded before."""
     folder = Path(request["folder"])
+    stored = json.loads((folder / "texts.json").read_text())
     torch.set_num_threads(request["threads"])
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"),
                                         **request["special"])
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     hook = f"gpt_neox.layers.{request['layer']}"
     model = HookedProxyLM(network, tokenizer, hook_names=[hook])
-    texts = Dataset.from_dict({"text": request["texts"]})
+    texts = Dataset.from_dict({"text": stored["texts"]})
     contexts = request["buffer_contexts"] // request["rows"]
     config = LanguageModelSAERunnerConfig(
         sae=StandardTrainingSAEConfig(d_in=request["d_in"], d_sae=request["d_sae"],
