@@ -36,7 +36,7 @@ import experiment as ex  # noqa: E402 - it lies beside this folder, not on the p
 D_IN, D_SAE, LAYER, BATCH, CONTEXT, ROWS = 512, 4096, 3, 2048, 128, 32
 TOKENS = 49 * BATCH
 SPECIAL = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>",
-           "pad_token": "<|endoftext|>"}
+           "pad_token": "<|endoftext|>", "model_input_names": ["input_ids", "attention_mask"]}
 VARIANTS = {  # name: (who, options)
     "ours, off": ("ours", {"mode": "off"}),
     "ours, adaptive": ("ours", {"mode": "adaptive"}),
@@ -173,7 +173,8 @@ def table(rounds: list[dict[str, dict[str, Any]]]) -> str:
         ratios = [f"{middle[mine] / middle[variant]:.2f}" if mine in middle else "-"
                   for mine in OURS]
         lines.append(f"{variant:28}{cell:>26}{len(values):>8}{ratios[0]:>10}{ratios[1]:>15}")
-    return "\n".join([*lines, *(parts(mine, found[mine]) for mine in OURS if found[mine]), LEFT_OUT])
+    lines += [parts(mine, found[mine]) for mine in OURS if found[mine]]
+    return "\n".join([*lines, LEFT_OUT])
 
 
 def parts(name: str, results: list[dict[str, Any]]) -> str:
