@@ -49,16 +49,16 @@ def pipeline(request: dict[str, Any]) -> dict[str, Any]:
     hook = f"gpt_neox.layers.{request['layer']}"
     model = HookedProxyLM(network, tokenizer, hook_names=[hook])
     texts = Dataset.from_dict({"text": stored["texts"]})
-    contexts = request["buffer_contexts"] // request["rows"]
     config = LanguageModelSAERunnerConfig(
         sae=StandardTrainingSAEConfig(d_in=request["d_in"], d_sae=request["d_sae"],
                                       l1_coefficient=5.0, normalize_activations="none"),
         hook_name=hook, dataset_path="local", is_dataset_tokenized=False, prepend_bos=False,
         context_size=request["context_length"], training_tokens=request["tokens"],
         train_batch_size_tokens=request["batch_size"], store_batch_size_prompts=request["rows"],
-        n_batches_in_buffer=contexts, lr=1e-3, device="cpu", autocast=request["bfloat16"],
-        autocast_lm=request["bfloat16"], checkpoint_path=None, output_path=None, verbose=False,
-        logger=LoggingConfig(log_to_wandb=False), sequence_separator_token="eos",
+        n_batches_in_buffer=request["buffer_contexts"], lr=1e-3, device="cpu",
+        autocast=request["bfloat16"], autocast_lm=request["bfloat16"], checkpoint_path=None,
+        output_path=None, verbose=False, logger=LoggingConfig(log_to_wandb=False),
+        sequence_separator_token="eos",
     )
     start = time.perf_counter()
     runner = LanguageModelSAETrainingRunner(config, override_dataset=texts, override_model=model)
