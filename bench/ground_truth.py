@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import experiment as ex
 
 GENERAL = 2  # the domain of true features that serve both; 0 and 1 serve one
-RECOVERED = 0.8  # cosine from which a true feature counts as found
+RECOVERED = 0.9  # cosine from which a true feature counts as found
 PURE = 0.9  # share of a feature's activation from which it serves one domain
 
 
@@ -40,10 +40,11 @@ class World:
     group_size: int = 16
     groups_specific: int = 6  # a domain, every second of them sharing
     groups_general: int = 8  # every second of them sharing
-    common: float = 0.5  # mutual cosine of the members of a sharing group
+    common: float = 0.7  # mutual cosine of the members of a sharing group
     group_rate: float = 0.1  # a group is on, a token of a domain that it serves
     member_rate: float = 0.2  # a member fires, its group being on; times 0.25 … 1.75
     stray_rate: float = 0.005  # a member fires without its group
+    style: float = 1.0  # length of a constant of each domain: how its texts are written
     noise: float = 0.05  # norm of the isotropic part, in typical activations
     tokens: int = 200_000  # unique training tokens
     seed: int = 0
@@ -81,18 +82,26 @@ class World:
             torch.where(self.sharing_T[:, None], mixed_TD, own_TD), dim=1
         )
 
-    def sample(self, size: int, *causes: object) -> tuple[Tensor, Tensor, Tensor]:
-        """Activations [B, D], their domains [B], and the true features' activations [B, T]."""
+    def sample(self, size: int, *causes: object, third: bool = False) -> tuple[Tensor, ...]:
+        """Activations [B, D], their domains [B], and the true features' activations [B, T].
+
+        `third` gives a text that no label ever named: what domain 1 says, written like domain 0.
+        """
         g = ex.randomness("tokens", self.seed, *causes)
         domain_T, G, M = self.domain_T, self.n_groups, self.group_size
         domain_B = torch.randint(0, 2, (size,), generator=g)
+        style_B = domain_B
+        if third:
+            domain_B, style_B = torch.ones_like(domain_B), torch.zeros_like(domain_B)
         serves_BT = (domain_T == GENERAL) | (domain_T == domain_B[:, None])
         on_BG = torch.rand(size, G, generator=g) < self.group_rate
         often_T = 0.25 + 1.5 * torch.rand(G * M, generator=ex.randomness("often", self.seed))
         rate_BT = on_BG.repeat_interleave(M, dim=1) * self.member_rate + self.stray_rate
         fires_BT = serves_BT & (torch.rand(size, G * M, generator=g) < rate_BT * often_T)
         a_BT = fires_BT * (0.5 + torch.rand(size, G * M, generator=g))
+        style_KD = torch.randn(2, self.d_in, generator=ex.randomness("style", self.seed))
         z_BD = a_BT @ self.directions()
+        z_BD += self.style * nn.functional.normalize(style_KD, dim=1)[style_B]
         z_BD += self.noise / math.sqrt(self.d_in) * torch.randn(z_BD.shape, generator=g)
         return z_BD, domain_B, a_BT
 
@@ -102,8 +111,8 @@ class World:
         return ex.ActivationBuffer([({"acts": z_ND.half(), "domain": domain_N}, None)])
 
     def l0(self) -> float:
-        """True active features a token."""
-        return float((self.sample(8192, "l0")[2] > 0).sum(1).float().mean())
+        """True active features a token, and one for its style."""
+        return 1 + float((self.sample(8192, "l0")[2] > 0).sum(1).float().mean())
 
 
 def train(config: ex.CustomSAEConfig, buffer: ex.ActivationBuffer, seed: int) -> ex.CustomTrainer:
@@ -122,11 +131,14 @@ def score(sae: ex.CustomSAE, world: World, scale: float, tokens: int = 16384) ->
     """Compare an SAE with the truth on new tokens.
 
     recovery: mean over true features of the largest cosine with a decoder row that fires (1 is
-    best), for all and for parts of them. correlation: of a true feature's activation with its
-    matched row's. purity: of found features of one domain, the matched row's activation on that
-    domain; separated: the features of one domain that are found and more than PURE. evenness: of found general features, the smaller domain's part over a half. split:
+    best), for all and for parts of them; found: those above RECOVERED. correlation: of a true
+    feature's activation with that of its row. purity: of the rows of features of one domain, how
+    much of their activation is on it; separated: such features that are found, and more than
+    PURE. evenness: of the rows of general features, the smaller domain's part over a half. split:
     general features with two rows of cosine > DUPLICATE_COSINE that serve one domain each, which
-    is how a use penalty cheats. kappa: of the different rows matched to a planted group.
+    is how a use penalty cheats. style: over rows that serve domain 0 only, the activation on a
+    third text, which says nothing of domain 0 but is written like it, over that on domain 0.
+    kappa: of the different rows of a planted group.
     """
     z_ND, domain_N, a_NT = world.sample(tokens, "test")
     z_ND = z_ND / scale
@@ -137,9 +149,10 @@ def score(sae: ex.CustomSAE, world: World, scale: float, tokens: int = 16384) ->
     best_T, row_T = cosine_TF.max(dim=1)
     domain_T, general_T = world.domain_T, world.domain_T == GENERAL
     found_T = best_T > RECOVERED
-    one_T = found_T & ~general_T
     own_T = part_KF[domain_T.clamp(max=1), row_T]
     separated_T = found_T & (own_T > PURE)
+    third_F = sae.encode(world.sample(tokens, "third", third=True)[0] / scale).mean(0)
+    style_F = (third_F / use_KF[0].clamp(min=1e-12)).clamp(max=1)[part_KF[0] > PURE]
     close_TF = cosine_TF > ex.DUPLICATE_COSINE
     split_T = (close_TF & (part_KF[0] > PURE)).any(1) & (close_TF & (part_KF[1] > PURE)).any(1)
     kappa_G = torch.cat([ex.condition_numbers(sae.W_dec, row_M.unique()[None])
@@ -155,11 +168,81 @@ def score(sae: ex.CustomSAE, world: World, scale: float, tokens: int = 16384) ->
         "general": float(best_T[general_T].mean()),
         "found": float(found_T.float().mean()),
         "correlation": float(correlation_T.mean()),
-        "purity": float(own_T[one_T].mean()),
+        "purity": float(own_T[~general_T].mean()),
         "separated": float(separated_T[~general_T].float().mean()),
-        "evenness": float(2 * part_KF.min(0).values[row_T][found_T & general_T].mean()),
-        "split": float((split_T & general_T).sum()),
+        "evenness": float(2 * part_KF.min(0).values[row_T][general_T].mean()),
+        "split": float((split_T & general_T).sum()), "style": float(style_F.mean()),
         "explained_variance": metrics["explained_variance"], "l0": metrics["l0"],
         "frac_alive": metrics["frac_alive"],
         "kappa_median": float(kappa_G.median()), "kappa_p90": float(kappa_G.quantile(0.9)),
     }
+
+
+def settings(alphas: tuple[float, ...]) -> dict[str, dict]:
+    """What each line of the table trains with; max_cosine has a strength of its own."""
+    lines = {"off": dict(orthogonality="off", alpha=0.0)}
+    for alpha in alphas:
+        lines[f"fixed {alpha}"] = dict(orthogonality="fixed", alpha=alpha)
+    for alpha in alphas:
+        lines[f"adaptive {alpha}"] = dict(orthogonality="adaptive", alpha=alpha)
+    for alpha in alphas:
+        lines[f"adaptive, η = 0, {alpha}"] = dict(orthogonality="adaptive", alpha=alpha, eta=0.0)
+    lines["max_cosine 0.25"] = dict(orthogonality="max_cosine", alpha=0.25)
+    return lines
+
+
+def measure(world: World, base: ex.CustomSAEConfig, lines: dict[str, dict],
+            seeds: list[int]) -> dict[str, list[dict[str, float]]]:
+    """Scores of every line at every seed."""
+    buffer, found = world.buffer(), {}
+    base = dataclasses.replace(base, group_size=world.group_size, target_l0=world.l0())
+    for name, changes in lines.items():
+        config = dataclasses.replace(base, **changes)
+        trained = [train(config, buffer, seed).sae for seed in seeds]
+        found[name] = [score(sae, world, buffer.scale) for sae in trained]
+        print(f"{name}: recovery {found[name][0]['recovery']:.3f}", file=sys.stderr, flush=True)
+    return found
+
+
+def table(found: dict[str, list[dict[str, float]]]) -> str:
+    """Mean ± standard error over seeds, a line a setting, as Markdown."""
+    columns = list(next(iter(found.values()))[0])
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, scores in found.items():
+        cells = []
+        for column in columns:
+            values = [one[column] for one in scores]
+            digits = 1 if max(map(abs, values)) >= 2 else 3
+            cell = f"{statistics.mean(values):.{digits}f}"
+            if len(values) > 1:
+                error = statistics.stdev(values) / math.sqrt(len(values))
+                cell += f" ± {error:.{digits}f}"
+            cells.append(cell)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+FULL = World(), dataclasses.replace(
+    ex.CustomSAEConfig(), expansion=4, steps=800, batch_size=1024, learning_rate=3e-3
+)
+QUICK = World(d_in=64, group_size=8, groups_specific=4, groups_general=4, tokens=50_000), (
+    dataclasses.replace(FULL[1], steps=250, batch_size=512, warmup_steps=20, regroup_every=50,
+                        resample_every=50)
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a small world and short training")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--alphas", type=float, nargs="+", default=[0.01, 0.05, 0.1])
+    parser.add_argument("--only", default="", help="only lines whose name begins so")
+    arguments = parser.parse_args()
+    world, base = QUICK if arguments.quick else FULL
+    lines = {name: changes for name, changes in settings(tuple(arguments.alphas)).items()
+             if name.startswith(arguments.only)}
+    print(table(measure(world, base, lines, arguments.seeds)))
+
+
+if __name__ == "__main__":
+    main()
