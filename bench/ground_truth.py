@@ -82,6 +82,11 @@ class World:
             torch.where(self.sharing_T[:, None], mixed_TD, own_TD), dim=1
         )
 
+    def styles(self) -> Tensor:
+        """What every activation of a domain has added to it, [K, D]."""
+        style_KD = torch.randn(2, self.d_in, generator=ex.randomness("style", self.seed))
+        return self.style * nn.functional.normalize(style_KD, dim=1)
+
     def sample(self, size: int, *causes: object, third: bool = False) -> tuple[Tensor, ...]:
         """Activations [B, D], their domains [B], and the true features' activations [B, T].
 
@@ -99,9 +104,8 @@ class World:
         rate_BT = on_BG.repeat_interleave(M, dim=1) * self.member_rate + self.stray_rate
         fires_BT = serves_BT & (torch.rand(size, G * M, generator=g) < rate_BT * often_T)
         a_BT = fires_BT * (0.5 + torch.rand(size, G * M, generator=g))
-        style_KD = torch.randn(2, self.d_in, generator=ex.randomness("style", self.seed))
         z_BD = a_BT @ self.directions()
-        z_BD += self.style * nn.functional.normalize(style_KD, dim=1)[style_B]
+        z_BD += self.styles()[style_B]
         z_BD += self.noise / math.sqrt(self.d_in) * torch.randn(z_BD.shape, generator=g)
         return z_BD, domain_B, a_BT
 

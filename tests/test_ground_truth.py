@@ -1,6 +1,5 @@
 """The known dictionary: what is planted, and what every mode must at least find of it."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -42,18 +41,52 @@ def test_the_world_is_as_planted():
     assert third[:, WORLD.domain_T == 0].max() == 0  # and say nothing of the domain they look like
 
 
-def test_the_truth_itself_scores_full_marks():
-    """A dictionary of the true directions finds all; with a copy a domain it is found to cheat."""
-    w_TD = WORLD.directions()
-    sae = ex.CustomSAE(WORLD.d_in, 2 * len(w_TD), ex.randomness(0))
+@pytest.fixture
+def exact():
+    """A world whose directions are independent, and an SAE that reads it without error."""
+    world = gt.World(d_in=256, group_size=4, groups_specific=2, groups_general=2)
+    w_TD = world.directions()
+    sae = ex.CustomSAE(world.d_in, 2 * len(w_TD), ex.randomness(0))
+    read_DT = torch.linalg.pinv(torch.cat([w_TD, world.styles()]))
     with torch.no_grad():
         sae.W_dec.copy_(torch.cat([w_TD, w_TD]))
-        sae.W_enc.copy_(sae.W_dec.T)
-        sae.b_enc.fill_(-0.5)
-        sae.b_enc[len(w_TD) :] = -100.0
-    found = gt.score(sae, WORLD, 1.0, tokens=4096)
-    assert found["recovery"] == found["found"] == pytest.approx(1)
+        sae.W_enc.copy_(read_DT[:, : len(w_TD)].repeat(1, 2))
+        sae.b_enc.copy_(torch.tensor([-0.2, -100.0]).repeat_interleave(len(w_TD)))
+    return world, sae, read_DT[:, len(w_TD) :]
+
+
+def test_the_truth_scores_full_marks(exact):
+    world, sae, _ = exact
+    found = gt.score(sae, world, 1.0)
+    full = dict.fromkeys(("recovery", "sharing", "general", "found", "separated"), 1.0)
+    assert {name: found[name] for name in full} == pytest.approx(full)
+    assert found["purity"] > 0.98
+    assert found["correlation"] > 0.98
+    assert found["evenness"] > 0.9
     assert found["split"] == 0
+    assert found["style"] < 0.02
+
+
+def test_a_copy_for_each_domain_is_noticed(exact):
+    """Features that read how a text is written besides what it says: the cheat."""
+    world, sae, style_DK = exact
     with torch.no_grad():
-        style = torch.stack([WORLD.sample(4096, k)[0][:].mean(0) for k in range(1)])
-        assert style.shape == (1, WORLD.d_in)
+        for k, part in enumerate(torch.arange(sae.d_sae).chunk(2)):
+            sae.W_enc[:, part] += 9 * style_DK[:, k : k + 1]
+            sae.b_enc[part] = -9.2
+    found = gt.score(sae, world, 1.0)
+    assert found["split"] == int((world.domain_T == gt.GENERAL).sum())
+    assert found["evenness"] < 0.1
+    assert found["style"] > 0.2  # the text of the other domain's things, but for the general ones
+
+
+def test_training_finds_the_dictionary():
+    lines = {
+        name: changes for name, changes in gt.settings((0.05,)).items() if "η" not in name
+    }
+    assert len(lines) == 4
+    found = {name: scores[0] for name, scores in gt.measure(WORLD, CONFIG, lines, [0]).items()}
+    for scores in found.values():
+        assert scores["recovery"] > 0.7
+        assert scores["l0"] == pytest.approx(WORLD.l0(), rel=0.15)
+    print(gt.table({name: [scores] for name, scores in found.items()}))
