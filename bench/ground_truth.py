@@ -190,6 +190,8 @@ def settings(alphas: tuple[float, ...]) -> dict[str, dict]:
     for alpha in alphas:
         lines[f"adaptive {alpha}"] = dict(orthogonality="adaptive", alpha=alpha)
     for alpha in alphas:
+        lines[f"adaptive {alpha}, every 100"] = lines[f"adaptive {alpha}"] | {"regroup_every": 100}
+    for alpha in alphas:
         lines[f"adaptive, η = 0, {alpha}"] = dict(orthogonality="adaptive", alpha=alpha, eta=0.0)
     lines["max_cosine 0.25"] = dict(orthogonality="max_cosine", alpha=0.25)
     return lines
