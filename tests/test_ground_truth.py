@@ -82,11 +82,14 @@ def test_a_copy_for_each_domain_is_noticed(exact):
 
 def test_training_finds_the_dictionary():
     lines = {
-        name: changes for name, changes in gt.settings((0.05,)).items() if "η" not in name
+        name: changes for name, changes in gt.settings((0.05,)).items()
+        if name in ("off", "fixed 0.05", "adaptive 0.05", "max_cosine 0.25")
     }
     assert len(lines) == 4
     found = {name: scores[0] for name, scores in gt.measure(WORLD, CONFIG, lines, [0]).items()}
     for scores in found.values():
         assert scores["recovery"] > 0.7
         assert scores["l0"] == pytest.approx(WORLD.l0(), rel=0.15)
-    print(gt.table({name: [scores] for name, scores in found.items()}))
+        assert scores["split"] <= 0.1 * WORLD.groups_general * WORLD.group_size
+    assert found["adaptive 0.05"]["purity"] > found["off"]["purity"]
+    assert len(gt.table({name: [scores] for name, scores in found.items()}).splitlines()) == 6
