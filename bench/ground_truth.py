@@ -231,9 +231,10 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
 FULL = World(), dataclasses.replace(
     ex.CustomSAEConfig(), expansion=4, steps=800, batch_size=1024, learning_rate=3e-3
 )
-QUICK = World(d_in=64, group_size=8, groups_specific=4, groups_general=4, tokens=50_000), (
-    dataclasses.replace(FULL[1], steps=250, batch_size=512, warmup_steps=20, regroup_every=50,
-                        resample_every=50)
+QUICK = World(d_in=64, group_size=8, groups_specific=4, groups_general=4, group_rate=0.2,
+              tokens=50_000), (
+    dataclasses.replace(FULL[1], steps=300, batch_size=512, warmup_steps=20, regroup_every=50,
+                        resample_every=50, sparsity_penalty=0.2, sparsity_rate=0.03)
 )
 
 

@@ -91,5 +91,5 @@ def test_training_finds_the_dictionary():
         assert scores["recovery"] > 0.7
         assert scores["l0"] == pytest.approx(WORLD.l0(), rel=0.15)
         assert scores["split"] <= 0.1 * WORLD.groups_general * WORLD.group_size
-    assert found["adaptive 0.05"]["purity"] > found["off"]["purity"]
+    assert found["adaptive 0.05"]["purity"] > found["off"]["purity"] + 0.03
     assert len(gt.table({name: [scores] for name, scores in found.items()}).splitlines()) == 6
