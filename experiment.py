@@ -81,8 +81,8 @@ class CustomSAEConfig:
     sketch_size: int = 512  # R, columns of the co-activation sketch
     sketch_every: int = 1  # steps between two batches that enter the sketch
     share_min: float = -8.0  # s_g of a badly conditioned group: weight 1 - s_g = 9
-    share_max: float = 0.9  # s_g of an even, well conditioned, co-activating group
-    kappa_max: float = 3.0  # condition number beyond which a group shares less than nothing
+    share_max: float = 0.9  # s_g of an even, well conditioned group, and of all until grouped
+    kappa_max: float = 2.0  # times the median group's κ: beyond it a group shares less than nothing
     shuffle_domains: bool = False  # control: L_use sees labels without meaning
     # sparse autoencoder
     expansion: int = 8  # F = expansion * D
@@ -1671,15 +1671,17 @@ def group_features(rows_FR: Tensor, group_size: int, seed: int, branch: int = 12
     return torch.stack(divide(torch.arange(F)))
 
 
-def condition_numbers(W_FD: Tensor, groups_GM: Tensor) -> Tensor:
+def condition_numbers(W_FD: Tensor, groups_GM: Tensor, common: int = 0) -> Tensor:
     """κ = σ_max/σ_min of each group's decoder rows, float64 [G]; 1 is best.
+
+    With `common`, that many of the largest singular values are left out.
 
     From the eigenvalues of the M × M Gram matrices in float64. Linearly dependent rows, whose κ is
     infinite, give 1e7, the largest value that the precision of the eigenvalues can tell.
     """
     W_GMD = W_FD.detach().double()[groups_GM]
     eigenvalues = torch.linalg.eigvalsh(W_GMD @ W_GMD.mT)
-    largest = eigenvalues[:, -1].clamp(min=1e-300)
+    largest = eigenvalues[:, -1 - common].clamp(min=1e-300)
     return (largest / torch.maximum(eigenvalues[:, 0], 1e-14 * largest)).sqrt()
 
 
@@ -1695,6 +1697,7 @@ class GroupStatistics(NamedTuple):
     coactivation_G: Tensor  # mean correlation of firing between members
     evenness_G: Tensor  # 0 serves one domain only, 1 serves all alike
     kappa_G: Tensor  # condition number of the members' directions
+    kappa_own_G: Tensor  # σ_2/σ_min: the same without the direction that they have in common
 
 
 def group_statistics(
@@ -1712,25 +1715,25 @@ def group_statistics(
     pairs = rows_GMR.sum(1).square().sum(1) - rows_GMR.square().sum((1, 2))
     share_KG = (use_KF / use_KF.sum(1, keepdim=True).clamp(min=1e-12))[:, groups_GM].sum(-1)
     evenness = share_KG.min(0).values / share_KG.mean(0).clamp(min=1e-12)
-    return GroupStatistics(pairs / (M * (M - 1)), evenness, condition_numbers(W_FD, groups_GM))
+    kappas = (condition_numbers(W_FD, groups_GM, common) for common in (0, 1))
+    return GroupStatistics(pairs / (M * (M - 1)), evenness, *kappas)
 
 
 def sharing(statistics: GroupStatistics, share_min: float, share_max: float, kappa_max: float,
             kappa_random: float) -> Tensor:
     """How much the members of each group share, s_G in [share_min, share_max].
 
-    Room is 1 at the condition number of random vectors (or better), 0 at kappa_max and −1 at as
-    far again beyond it. Where there is room, a group shares the more, the more evenly it serves
-    the domains and the more it fires together (relative to the mean group). Where there is none,
-    its members, which fire together and so must be told apart, are pushed apart harder than
-    strangers.
+    Conditioning is judged without the direction that a group's members have in common, which may
+    be how things are: planted groups that share one have a large κ and no fault. A group is badly
+    conditioned beyond kappa_max times the median group (or random vectors, where they have more).
+    Its members, which fire together and so must be told apart, are pushed apart harder than
+    strangers, hardest at as far again beyond the limit as that is beyond random vectors. Every
+    other group shares the more, the more evenly it serves the domains.
     """
-    coactivation = statistics.coactivation_G.clamp(min=0)
-    together = coactivation / (coactivation + coactivation.mean()).clamp(min=1e-12)
-    room = ((kappa_max - statistics.kappa_G) / (kappa_max - kappa_random)).clamp(-1, 1).float()
-    return torch.where(
-        room > 0, share_max * room * statistics.evenness_G * together, share_min * -room
-    )
+    kappa_G = statistics.kappa_own_G
+    limit = kappa_max * max(float(kappa_G.median()), kappa_random)
+    excess = ((kappa_G - limit) / (limit - kappa_random)).clamp(-1, 1).float()
+    return torch.where(excess > 0, share_min * excess, share_max * statistics.evenness_G)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1866,7 +1869,8 @@ class CustomTrainer:
             "use_weight": torch.zeros(()),
             "silent_F": torch.zeros(sae.d_sae, dtype=torch.long),  # steps since a feature fired
             "groups_GM": torch.arange(sae.d_sae).view(-1, config.group_size),
-            "share_G": torch.zeros(sae.d_sae // config.group_size),
+            # until features are grouped nobody knows what must not be shared
+            "share_G": torch.full((sae.d_sae // config.group_size,), config.share_max),
             "l_dir": torch.zeros(()),
             "pull_FD": torch.zeros(0),  # gradient of L_dir when it was last computed
         }

@@ -110,6 +110,17 @@ def test_condition_numbers_by_hand():
     assert kappa[:2].tolist() == pytest.approx([1.0, math.sqrt(1.5 / 0.5)], rel=1e-6)
     assert kappa[2] == pytest.approx(1e7)
     assert torch.isfinite(ex.condition_numbers(torch.zeros(4, 3), groups)).all()
+    assert ex.condition_numbers(W[:, :2], torch.tensor([[0, 2]]), 1).tolist() == [1.0]
+
+
+def test_a_common_direction_alone_is_no_bad_conditioning():
+    own = torch.eye(9)[1:]
+    shared = torch.nn.functional.normalize(own + 2 * torch.eye(9)[:1], dim=1)
+    groups = torch.arange(16).view(2, 8)
+    found = ex.group_statistics(torch.ones(16, 2), torch.ones(2, 16), torch.cat([own, shared]),
+                                groups)
+    assert found.kappa_own_G.tolist() == pytest.approx([1.0, 1.0], abs=1e-6)
+    assert found.kappa_G.tolist() == pytest.approx([1.0, math.sqrt(1 + 8 * 4)], rel=1e-5)
 
 
 def test_random_condition_number_matches_random_vectors():
@@ -134,16 +145,19 @@ def test_group_statistics_by_hand():
 
 
 def test_sharing_by_hand():
-    def share(coactivation, evenness, kappa):
-        parts = (torch.tensor(part) for part in (coactivation, evenness, kappa))
-        return ex.sharing(ex.GroupStatistics(*parts), -8.0, 0.9, 3.0, 2.0).tolist()
+    def share(evenness, kappa):
+        rest = [0.1] * len(kappa), evenness, [100.0] * len(kappa)  # κ itself has no say
+        parts = (torch.tensor(part) for part in (*rest, kappa))
+        return ex.sharing(ex.GroupStatistics(*parts), -8.0, 0.9, 2.0, 2.0).tolist()
 
-    # equal co-activation: half of share_max, times evenness, times room
-    assert share([0.1, 0.1], [1.0, 0.5], [2.0, 2.5]) == pytest.approx([0.45, 0.9 * 0.5 * 0.5 * 0.5])
-    assert share([0.1, 0.1], [1.0, 1.0], [3.0, 3.5]) == pytest.approx([0.0, -4.0])
-    assert share([0.1, 0.1], [1.0, 1.0], [1e7, 1.0]) == pytest.approx([-8.0, 0.45])
-    assert share([0.0, 0.0], [1.0, 1.0], [1.0, 2.0]) == [0.0, 0.0]  # nothing fires together
-    assert share([-0.1, 0.2], [0.0, 1.0], [2.0, 2.0])[0] == 0.0
+    # well conditioned: share_max times evenness
+    assert share([1.0, 0.5, 0.0], [2.0, 2.5, 1.0]) == pytest.approx([0.9, 0.45, 0.0])
+    # beyond twice the median (4): half of share_min at 5, all of it at 6 and beyond
+    assert share([1.0, 1.0, 1.0], [2.0, 2.0, 5.0]) == pytest.approx([0.9, 0.9, -4.0])
+    assert share([1.0, 1.0, 1.0], [2.0, 2.0, 1e7]) == pytest.approx([0.9, 0.9, -8.0])
+    # what all groups have, none is blamed for; nor what random vectors have
+    assert share([1.0, 1.0, 1.0], [9.0, 9.0, 12.0]) == pytest.approx([0.9, 0.9, 0.9])
+    assert share([1.0, 1.0, 1.0], [1.0, 1.0, 3.0]) == pytest.approx([0.9, 0.9, 0.9])
 
 
 def test_sharing_stays_in_its_bounds_and_zero_bounds_switch_it_off():
@@ -151,9 +165,10 @@ def test_sharing_stays_in_its_bounds_and_zero_bounds_switch_it_off():
     parts = ex.GroupStatistics(
         torch.randn(50, generator=g),
         torch.rand(50, generator=g),
+        torch.full((50,), 100.0),
         1 + 9 * torch.rand(50, generator=g),
     )
-    share = ex.sharing(parts, -2.0, 0.5, 3.0, 2.0)
-    assert float(share.min()) >= -2
-    assert float(share.max()) <= 0.5
-    assert ex.sharing(parts, 0.0, 0.0, 3.0, 2.0).abs().max() == 0
+    share = ex.sharing(parts, -2.0, 0.5, 1.5, 2.0)
+    assert -2 <= float(share.min()) < 0
+    assert 0 < float(share.max()) <= 0.5
+    assert ex.sharing(parts, 0.0, 0.0, 1.5, 2.0).abs().max() == 0
