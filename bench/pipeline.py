@@ -46,11 +46,10 @@ VARIANTS = {  # name: (who, options)
 }
 OURS = ("ours, off", "ours, adaptive")
 LEFT_OUT = """Not measured: real Pythia weights, text of WikiText, GPUs, torch.compile, SAELens on
-HookedTransformer (it gets the faster plain Hugging Face model), float16, quality of the SAEs
-(see the study), start-up and loading. The peers' buffers hold 64 contexts, so that few activations
-are computed and left unused; that is the faster and the less shuffled choice. dictionary_learning
-has no bfloat16 on a CPU: its autocast is for GPUs only. So few steps end while L0 is still above
-its target of 40, which costs our sparse step time and the peers' dense ones none."""
+HookedTransformer (it gets the plain Hugging Face model here), quality of the SAEs (see the study),
+start-up and loading. The peers' buffers hold 64 contexts, so that few activations are computed and
+left unused; they are shuffled less for it. dictionary_learning has no bfloat16 on a CPU: its
+autocast is for GPUs only. So few steps end with L0 still far above its target of 40."""
 
 
 class LocalPythia:
