@@ -51,7 +51,7 @@ STYLE = {
 }
 FOLDER = Path("figures")
 STUDIES = [("pythia", "full"), ("standin", "full"), ("pythia", "smoke"), ("standin", "smoke")]
-BUDGETS = np.linspace(0, 0.3, 301)  # retain CE rise, nats: the range that the area averages over
+BUDGETS = np.linspace(0, 0.3, 301)  # cost, nats: the range that the area averages over
 K_VALUES = ("1", "2", "5", "10", "20", "50", "all")
 TOKENS = "training tokens (millions)"
 TABLE_HEAD = ["run", "L0", "expl. var.", "CE score", "area ± se", "area - vanilla",
@@ -113,11 +113,16 @@ class Run:
                 for row in dicts(self.info, "seeds")}
 
     def settings(self, kind: str = "settings") -> list[np.ndarray]:
-        """Interventions by seed, [n, (retain and forget CE rise, retain and forget accuracy)]."""
-        keys = ("retain_ce_rise", "forget_ce_rise", "retain_accuracy", "forget_accuracy")
+        """Interventions by seed, [n, (cost, forget CE rise, retain and forget accuracy)].
+
+        A setting costs the larger CE rise of the retain text and of the text no label named.
+        """
+        keys = ("retain_ce_rise", "other_ce_rise", "forget_ce_rise", "retain_accuracy",
+                "forget_accuracy")
         tables = [[[number(row.get(key)) for key in keys] for row in dicts(seed, kind)]
                   for seed in dicts(self.info, "unlearning", "per_seed")]
-        tables = [np.array(table).reshape(-1, 4) for table in tables]
+        tables = [np.array(table).reshape(-1, 5) for table in tables]
+        tables = [np.column_stack([np.fmax(*table.T[:2]), table[:, 2:]]) for table in tables]
         tables = [table[np.isfinite(table[:, :2]).all(1)] for table in tables]
         return [table for table in tables if len(table)]
 
@@ -237,9 +242,9 @@ def envelope(points: np.ndarray, budgets: np.ndarray) -> np.ndarray:
 
 
 def accuracies(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Retain and forget accuracy at the setting that best forgets for ≤ 0.1 nats of retain CE."""
-    allowed = [table[table[:, 0] <= 0.1] for table in run.settings()]
-    picks = [t[t[:, 1].argmax(), 2:] if len(t) else [math.nan] * 2 for t in allowed]
+    """Retain and forget accuracy at the setting that forgets most with retain accuracy ≥ 0.95."""
+    allowed = [table[(table[:, 2] >= 0.95) & np.isfinite(table[:, 3])] for table in run.settings()]
+    picks = [t[t[:, 3].argmin(), 2:] if len(t) else [math.nan] * 2 for t in allowed]
     return mean_stderr(picks or [[math.nan] * 2])
 
 
@@ -367,7 +372,8 @@ def frontier_panel(ax: Axes, runs: list[Run]) -> None:
             draw_line(ax, run, BUDGETS, *mean_stderr(lines))
     if control := [table for run in runs for table in run.settings("control")]:
         dots(control, marker="x", color=INK, label="random features of\nequal frequency")
-    if finish(ax, "rise of retain cross-entropy (nats)", "rise of forget cross-entropy (nats)", 0):
+    cost = "cost: larger cross-entropy rise of retain text and a third text (nats)"
+    if finish(ax, cost, "rise of forget cross-entropy (nats)", 0):
         ax.set_xlim(0, BUDGETS[-1])
         ax.plot(BUDGETS, BUDGETS, color=INK, linestyle=":", label="y = x, no separation")
 
@@ -494,7 +500,7 @@ def unlearning_frontier(runs: list[Run]) -> Figure:
 def unlearning_summary(runs: list[Run]) -> Figure:
     fig, axes = new_figure(runs, "Unlearning summary", "ABC;DEF", (12, 7.5))
     titles = {"unlearning_area": "area under the frontier: the primary number",
-              **{f"forget_rise_at_{price}": f"forget CE rise at retain rise ≤ {price} nats"
+              **{f"forget_rise_at_{price}": f"forget CE rise at a cost ≤ {price} nats"
                  for price in ("0.01", "0.05", "0.1")},
               "unlearning_score": "unlearning score (SAEBench), retain ≥ 0.99"}
     for ax, (key, title) in zip(axes, titles.items()):
@@ -504,7 +510,7 @@ def unlearning_summary(runs: list[Run]) -> Figure:
     for kind, look in enumerate(({}, {"hatch": "////", "alpha": 0.6, "edgecolor": "white"})):
         bar_panel(axes[5], runs, [pair[kind] for pair in stats],
                   "retain (plain) and forget (hatched) questions",
-                  "accuracy at ≤ 0.1 nats retain rise",
+                  "accuracy, best setting with retain ≥ 0.95",
                   offset=0.4 * kind - 0.2, height=0.36, **look)
     reference(axes[5], 0.25, "chance of four options", "x", "--")
     axes[5].set(xlim=(0, 1.2), xticks=(0, 0.25, 0.5, 0.75, 1))

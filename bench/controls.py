@@ -1,0 +1,103 @@
+"""Controls on the real substrate: what the numbers are worth.
+
+    python bench/controls.py
+
+For each seed of run_2's row: SAEs trained as `off`, as `adaptive`, and as `adaptive` with
+domain labels shuffled among the tokens of every batch (the use term's gain must vanish), and one
+that was never trained (its probes show what random features give). Printed are means ± standard
+errors and paired differences to `off`. Environment variables and cache are those of experiment.py;
+SAEs that a run has trained already are taken from the cache.
+"""
+
+import dataclasses
+import math
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import experiment as ex
+
+ROWS = {
+    "off": ex.RUNS["run_8"],
+    "adaptive": ex.RUNS["run_2"],
+    "adaptive, labels shuffled": {**ex.RUNS["run_2"], "shuffle_domains": True},
+    "not trained": {**ex.RUNS["run_8"], "steps": 0},
+}
+COLUMNS = {
+    "l0": "L0", "explained_variance": "explained variance", "l_use": "L_use",
+    "duplicates": "duplicates", "area": "area", "area_labelled": "area, retain text alone",
+    "sae_top_1_test_accuracy": "probe k=1", "sae_top_5_test_accuracy": "probe k=5",
+    "sae_test_accuracy": "probe, all",
+}
+
+
+def prepare() -> tuple[ex.Material, ex.ActivationBuffer]:
+    ex.quiet_libraries()
+    cache = ex.Cache(Path(os.environ.get("SAE_CACHE_DIR") or ".cache"))
+    substrate = ex.choose_substrate(os.environ.get("SAE_SUBSTRATE", "auto"), cache)
+    substrate.fetch()
+    config = ex.resolve_config("run_2", os.environ.get("SAE_BUDGET", "full"), Path())
+    material = ex.Material(substrate, config, cache, torch.device("cpu"))
+    return material, material.activations()
+
+
+def measure(config: ex.CustomSAEConfig, seed: int, material: ex.Material,
+            buffer: ex.ActivationBuffer) -> dict[str, float]:
+    """One SAE's reconstruction, probes and cross-entropy frontier (no questions)."""
+    key = ex.digest(config, material.causes, len(buffer), ex.TRAINING_CODE)
+    name = f"{material.substrate.name}/runs/{key}"
+    trainer = ex.train_sae(config, buffer, seed, material.cache.path(f"{name}/train-{seed}"),
+                           ex.Interrupts(), lambda line: None)
+    trained = ex.TrainedSAE(trainer.sae, buffer.scale)
+    use = ex.feature_statistics(trained, buffer, config.frequency_tokens)
+    result = ex.reconstruction_metrics(trained.sae, material.heldout_sample() / buffer.scale)
+    result |= ex.decoder_metrics(trained.sae, use.use_KF)
+    result |= ex.evaluate_sparse_probing(trained, material)
+    if config.steps:
+        result |= areas(trained, material, use)
+    return {key: result.get(key, math.nan) for key in COLUMNS}
+
+
+def areas(trained: ex.TrainedSAE, material: ex.Material,
+          use: ex.FeatureStatistics) -> dict[str, float]:
+    rises = []
+    for threshold in ex.THRESHOLDS:
+        for size in ex.SET_SIZES:
+            features = ex.select_features(use.rate_KF, threshold, size)
+            for multiplier in ex.MULTIPLIERS:
+                targets = -multiplier * use.size_F[features]
+                effect = ex.apply_setting(trained, material, features, targets, ask=False)
+                rises.append(effect.rise_R)
+    domain_R = material.heldout["domain"][material.heldout["rows"]]
+    texts = [torch.stack(rises)[:, domain_R == k].numpy() for k in range(len(ex.DOMAINS))]
+    return {"area": ex.unlearning_area(*texts), "area_labelled": ex.unlearning_area(*texts[:2])}
+
+
+def shown(values: list[float]) -> str:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):.3f} ± {error:.3f}"
+
+
+def main() -> None:
+    material, buffer = prepare()
+    print("| |", " | ".join(COLUMNS.values()), "|\n|---" + "|---" * len(COLUMNS) + "|")
+    first: dict[str, list[float]] = {}
+    for name, row in ROWS.items():
+        config = ex.CustomSAEConfig(**{**dataclasses.asdict(material.config), **row})
+        seeds = [measure(config, seed, material, buffer) for seed in config.seeds]
+        table = {key: [seed[key] for seed in seeds] for key in COLUMNS}
+        print(f"| {name} |", " | ".join(shown(values) for values in table.values()), "|")
+        if not first:
+            first = table
+            continue
+        gaps = {key: [a - b for a, b in zip(table[key], first[key])] for key in COLUMNS}
+        print("| minus off |", " | ".join(shown(gap) for gap in gaps.values()), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
