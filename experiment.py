@@ -97,8 +97,8 @@ class CustomSAEConfig:
     ramp_fraction: float = 0.2
     decay_fraction: float = 0.2  # linear to zero over the last part of training
     encoder_screen: str = "auto"  # how active features are looked for: auto | int8 | float32
-    resample_every: int = 100  # steps; features silent for so long are given a new direction
-    resample_fraction: float = 0.6  # no resampling after this part of training
+    resample_every: int = 50  # steps; features silent for so long are given a new direction
+    resample_fraction: float = 0.8  # no resampling after this part of training
     first_seed: int = 0
     n_seeds: int = 3
     # material
