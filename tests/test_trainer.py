@@ -41,6 +41,66 @@ def test_every_mode_trains_on_either_matrix(small_config, mode, matrix):
         assert terms["l_orth"] == 0
 
 
+def plain_loss(parts, trainer, z, domain):
+    """The objective by its definition, dense and in float64: the F × F Gram, the plain cosine."""
+    W_enc, b_enc, W_dec, b_dec = (parts[name] for name in ("W_enc_FD", "b_enc", "W_dec", "b_dec"))
+    f = torch.relu((z - b_dec) @ W_enc.T + b_enc)
+    loss = (z - f @ W_dec - b_dec).norm(dim=1).mean()
+    loss = loss + math.exp(trainer.log_sparsity) * f.sum(1).mean()
+    row = trainer.row
+    W = W_dec if row.ortho_matrix == "decoder" else W_enc
+    F, D = W.shape
+    if row.ortho_matrix == "encoder" and row.orthogonality != "fixed":
+        W = W / W.norm(dim=1, keepdim=True)
+    cosine = W @ W.T
+    weight = 1 - torch.eye(F, dtype=torch.float64)
+    share = torch.zeros(F, dtype=torch.float64)
+    if row.orthogonality == "adaptive":
+        for group, s in zip(trainer.state["groups_GM"], trainer.state["share_G"].double()):
+            share[group] = s.clamp(min=0)
+            weight[group[:, None], group] *= 1 - s
+    l_dir = (weight * cosine.square()).sum() * D / F**2
+    if row.orthogonality == "max_cosine":
+        l_dir = (cosine - 9 * torch.eye(F)).max(dim=1).values.square().mean()
+    if row.orthogonality == "fixed" and row.ortho_matrix == "encoder":
+        l_dir = (cosine - torch.eye(F)).square().sum() * D / F**2
+    l_use = 0.0
+    if row.orthogonality == "adaptive":
+        forget, retain = (f[domain == k].mean(0) for k in (0, 1))
+        l_use = ((1 - share) * forget * retain).sum() / forget.norm() / retain.norm()
+    return loss + (row.orthogonality != "off") * trainer.alpha * (l_dir + row.eta * l_use)
+
+
+@pytest.mark.parametrize("screen", ["float32", "int8"])
+@pytest.mark.parametrize("mode", ["off", "fixed", "adaptive", "max_cosine"])
+@pytest.mark.parametrize("matrix", ["decoder", "encoder"])
+def test_a_steps_gradients_equal_the_plain_dense_float64_ones(small_config, mode, matrix, screen):
+    config = dataclasses.replace(small_config, orthogonality=mode, ortho_matrix=matrix, alpha=0.3,
+                                 steps=1000, ramp_fraction=0.01, regroup_every=10**6)
+    z, domain = planted_activations(256)
+    sae = ex.CustomSAE(32, 128, ex.randomness("weights", 1), screen)
+    sae.initialize_biases_(z, 12.0)
+    with torch.no_grad():
+        sae.b_enc.add_(1e-3)  # or a token of each feature is active by rounding alone
+    trainer = ex.CustomTrainer(config, sae, 0)
+    trainer.step_count, trainer.l0 = 560, 12.0
+    order = torch.randperm(128, generator=ex.randomness("groups"))
+    trainer.state["groups_GM"] = order.view(16, 8)
+    trainer.state["share_G"] = torch.linspace(-8, 0.9, 16)
+    assert trainer.is_sparse()
+    assert trainer.ramp() == 1
+    before = {name: part.detach().double().requires_grad_()
+              for name, part in sae.named_parameters()}
+    loss = plain_loss(before, trainer, z.double(), domain)
+    loss.backward()
+    along = (before["W_dec"].grad * before["W_dec"]).sum(1, keepdim=True)
+    before["W_dec"].grad -= along.detach() * before["W_dec"].detach()
+    terms = trainer.step(z, domain)
+    assert terms["loss"] == pytest.approx(float(loss), rel=1e-5)
+    for name, part in sae.named_parameters():
+        torch.testing.assert_close(part.grad.double(), before[name].grad, rtol=1e-3, atol=2e-6)
+
+
 def test_direction_term_lowers_the_frame_potential(small_config):
     potentials = {}
     for mode, alpha in (("off", 0.0), ("fixed", 0.5)):

@@ -1,0 +1,173 @@
+"""How fast the training step, the orthogonality term and the grouping are, as ratios.
+
+    python bench/speed.py
+
+Everything that is compared runs in one process, in turns, and the medians of the turns are printed
+with their range; absolute times belong to the machine. D = 512, B = 2048 tokens, 40 features active
+a token on synthetic activations; weights move so little that this stays so. bench/pipeline.py
+compares the whole pipeline with SAELens and dictionary_learning.
+"""
+
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import experiment as ex
+
+D, B, ACTIVE = 512, 2048, 40.0
+ROUNDS = 5
+
+
+def trainer(mode: str, d_sae: int, screen: str) -> ex.CustomTrainer:
+    row = dataclasses.replace(
+        ex.CustomSAEConfig(), orthogonality=mode, alpha=0.05 if mode != "off" else 0.0,
+        target_l0=ACTIVE, learning_rate=1e-7, sparsity_rate=0.0, resample_every=10**9,
+        regroup_every=10**9, ramp_fraction=0.0, steps=10**6,
+    )
+    sae = ex.CustomSAE(D, d_sae, ex.randomness("bench", d_sae), screen)
+    sae.initialize_biases_(batch(0)[0], ACTIVE)
+    made = ex.CustomTrainer(row, sae, 0)
+    made.l0 = ACTIVE
+    return made
+
+
+def batch(i: int) -> tuple[Tensor, Tensor]:
+    generator = ex.randomness("bench batch", i)
+    return torch.randn(B, D, generator=generator) / D**0.5, torch.arange(B) % 2
+
+
+def plain_step(sae: ex.CustomSAE, optimizer: torch.optim.Adam, z_BD: Tensor) -> None:
+    """The same mathematics in dense float32 by autograd, as dictionary_learning trains."""
+    f_BF = sae.encode(z_BD)
+    loss = (z_BD - sae.decode(f_BF)).norm(dim=1).mean() + 0.04 * f_BF.sum(1).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    sae.remove_parallel_gradient_()
+    optimizer.step()
+    sae.normalize_decoder_()
+
+
+def seconds(work: Callable[[int], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for i in range(repeats):
+        work(i)
+    return (time.perf_counter() - start) / repeats
+
+
+def in_turns(works: dict[str, tuple[Callable[[int], Any], int]]) -> dict[str, list[float]]:
+    """Seconds a call of each work, ROUNDS times in turns after one that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(ROUNDS + 1):
+        for name, (work, repeats) in works.items():
+            taken = seconds(work, repeats)
+            if turn:
+                times[name].append(taken)
+    return times
+
+
+def ratio(over: list[float], under: list[float]) -> str:
+    """Median of paired ratios and their range."""
+    ratios = [a / b for a, b in zip(over, under)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+
+def milliseconds(times: list[float]) -> str:
+    return f"{1e3 * statistics.median(times):.0f}"
+
+
+def stepper(made: ex.CustomTrainer) -> Callable[[int], Any]:
+    return lambda i: made.step(*BATCHES[i % len(BATCHES)])
+
+
+def steps(d_sae: int) -> None:
+    screen = ex.faster_screen()
+    plain = trainer("off", d_sae, screen).sae
+    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-7)
+    period = ex.CustomSAEConfig().ortho_every
+    works: dict[str, tuple[Callable[[int], Any], int]] = {
+        "off": (stepper(trainer("off", d_sae, screen)), period),
+        "off, float32 screen": (stepper(trainer("off", d_sae, "float32")), period),
+        "fixed": (stepper(trainer("fixed", d_sae, screen)), period),
+        "adaptive": (stepper(trainer("adaptive", d_sae, screen)), period),
+    }
+    if d_sae <= 16384:
+        works["plain"] = (lambda i: plain_step(plain, optimizer, BATCHES[i][0]), 2)
+    times = in_turns(works)
+    print(f"| {d_sae} |", ratio(times["plain"], times["off"]) if "plain" in times else "-", "|",
+          ratio(times["plain"], times["off, float32 screen"]) if "plain" in times else "-", "|",
+          ratio(times["adaptive"], times["off"]), "|", ratio(times["fixed"], times["off"]), "|",
+          milliseconds(times["off"]), "|", flush=True)
+
+
+def gram_loss(W_FD: Tensor, groups_GM: Tensor, share_G: Tensor) -> float:
+    """L_dir by its definition: the F × F matrix of cosines with its weights."""
+    F = len(W_FD)
+    cosine_FF = W_FD @ W_FD.T
+    total = cosine_FF.square_().sum(dtype=torch.float64) - cosine_FF.diagonal().sum()
+    for group, share in zip(groups_GM, share_G):
+        block = cosine_FF[group][:, group]
+        total -= share * (block.sum() - block.diagonal().sum())
+    return float(total) * D / F**2
+
+
+def term(d_sae: int) -> None:
+    sae = ex.CustomSAE(D, d_sae, ex.randomness("bench", d_sae))
+    groups = torch.randperm(d_sae, generator=ex.randomness("bench groups")).view(-1, 64)
+    share = torch.linspace(-8, 0.9, len(groups))
+    with torch.no_grad():
+        exact = float(ex.direction_loss(sae.W_dec, groups, share))
+        gram = gram_loss(sae.W_dec, groups, share)
+        times = in_turns({
+            "exact": (lambda i: ex.direction_loss(sae.W_dec, groups, share), 2),
+            "gram": (lambda i: gram_loss(sae.W_dec, groups, share), 1),
+        })
+    print(f"| {d_sae} | {exact:.6f} | {gram:.6f} |", ratio(times["gram"], times["exact"]), "|",
+          f"{d_sae * d_sae * 4 / 1e6:.0f} | {(d_sae * D * 2 + d_sae * 64) * 4 / 1e6:.0f} |",
+          flush=True)
+
+
+def grouping(d_sae: int) -> None:
+    config = ex.CustomSAEConfig()
+    rows_FR = torch.randn(d_sae, config.sketch_size, generator=ex.randomness("bench rows"))
+    start = time.perf_counter()
+    ex.group_features(rows_FR / config.sketch_size**0.5, config.group_size, 0)
+    taken = time.perf_counter() - start
+    step = trainer("adaptive", d_sae, ex.faster_screen())
+    each = seconds(stepper(step), config.ortho_every)
+    share = taken / (taken + config.regroup_every * each)
+    print(f"| {d_sae} | {taken:.2f} | {1e6 * taken / d_sae:.0f} | {100 * share:.2f} % |",
+          flush=True)
+
+
+def main() -> None:
+    ex.quiet_libraries()
+    print(f"{ex.processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"screen {ex.faster_screen()}; medians of {ROUNDS} turns (range)\n")
+    print("| F | plain dense step / ours | the same, float32 screen | adaptive / off | "
+          "fixed / off | ours, off, ms |\n|---|---|---|---|---|---|")
+    for d_sae in (4096, 16384, 32768):
+        steps(d_sae)
+    print("\n| F | L_dir, ours | by the F × F Gram | Gram time / ours | Gram, MB | ours, MB |\n"
+          "|---|---|---|---|---|---|")
+    for d_sae in (4096, 16384, 32768):
+        term(d_sae)
+    print("\n| F | one grouping, s | µs a feature | of training, every 250 steps |\n"
+          "|---|---|---|---|")
+    for d_sae in (4096, 8192, 16384, 32768, 65536):
+        grouping(d_sae)
+    print("\nNot measured: CUDA; processors with matrix units; more than one process.")
+
+
+BATCHES = [batch(i) for i in range(8)]
+
+if __name__ == "__main__":
+    main()
