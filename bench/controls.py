@@ -1,12 +1,12 @@
 """Controls on the real substrate: what the numbers are worth.
 
-    python bench/controls.py
+    python bench/controls.py        # beside the finished run_1 and run_8
 
-For each seed of run_2's row: SAEs trained as `off`, as `adaptive`, and as `adaptive` with
-domain labels shuffled among the tokens of every batch (the use term's gain must vanish), and one
-that was never trained (its probes show what random features give). Printed are means ± standard
-errors and paired differences to `off`. Environment variables and cache are those of experiment.py;
-SAEs that a run has trained already are taken from the cache.
+Trains run_1's row with domain labels shuffled among the tokens of every batch (the use term's gain
+must vanish) and takes SAEs that were never trained (their probes show what random features
+give), for each of the runs' seeds. Printed are means ± standard errors, with those of run_8 (off)
+and run_1 (adaptive), and paired differences to run_8. Environment variables and cache are those of
+experiment.py.
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import experiment as ex
 
 ROWS = {
-    "off": ex.RUNS["run_8"],
-    "adaptive": ex.RUNS["run_2"],
-    "adaptive, labels shuffled": {**ex.RUNS["run_2"], "shuffle_domains": True},
+    "adaptive, labels shuffled": {**ex.RUNS["run_1"], "shuffle_domains": True},
     "not trained": {**ex.RUNS["run_8"], "steps": 0},
 }
+FINISHED = {"off (run_8)": "run_8", "adaptive (run_1)": "run_1"}
 COLUMNS = {
     "l0": "L0", "explained_variance": "explained variance", "l_use": "L_use",
-    "duplicates": "duplicates", "area": "area", "area_labelled": "area, retain text alone",
+    "duplicates": "duplicates", "unlearning_area": "area",
+    "unlearning_area_labelled": "area, retain text alone",
     "sae_top_1_test_accuracy": "probe k=1", "sae_top_5_test_accuracy": "probe k=5",
     "sae_test_accuracy": "probe, all",
 }
@@ -41,7 +41,7 @@ def prepare() -> tuple[ex.Material, ex.ActivationBuffer]:
     cache = ex.Cache(Path(os.environ.get("SAE_CACHE_DIR") or ".cache"))
     substrate = ex.choose_substrate(os.environ.get("SAE_SUBSTRATE", "auto"), cache)
     substrate.fetch()
-    config = ex.resolve_config("run_2", os.environ.get("SAE_BUDGET", "full"), Path())
+    config = ex.resolve_config("run_1", os.environ.get("SAE_BUDGET", "full"), Path())
     material = ex.Material(substrate, config, cache, torch.device("cpu"))
     return material, material.activations()
 
@@ -75,7 +75,8 @@ def areas(trained: ex.TrainedSAE, material: ex.Material,
                 rises.append(effect.rise_R)
     domain_R = material.heldout["domain"][material.heldout["rows"]]
     texts = [torch.stack(rises)[:, domain_R == k].numpy() for k in range(len(ex.DOMAINS))]
-    return {"area": ex.unlearning_area(*texts), "area_labelled": ex.unlearning_area(*texts[:2])}
+    return {"unlearning_area": ex.unlearning_area(*texts),
+            "unlearning_area_labelled": ex.unlearning_area(*texts[:2])}
 
 
 def shown(values: list[float]) -> str:
@@ -84,19 +85,23 @@ def shown(values: list[float]) -> str:
 
 
 def main() -> None:
+    found = {name: ex.read_result(Path(run)) for name, run in FINISHED.items()}
+    if missing := [name for name, info in found.items() if info is None]:
+        sys.exit(f"error: no finished {', '.join(missing)} here; run them first")
+    tables = {name: {key: [row[key] for row in info["seeds"]] for key in COLUMNS}
+              for name, info in found.items()}
     material, buffer = prepare()
-    print("| |", " | ".join(COLUMNS.values()), "|\n|---" + "|---" * len(COLUMNS) + "|")
-    first: dict[str, list[float]] = {}
     for name, row in ROWS.items():
         config = ex.CustomSAEConfig(**{**dataclasses.asdict(material.config), **row})
         seeds = [measure(config, seed, material, buffer) for seed in config.seeds]
-        table = {key: [seed[key] for seed in seeds] for key in COLUMNS}
+        tables[name] = {key: [seed[key] for seed in seeds] for key in COLUMNS}
+    first = next(iter(tables.values()))
+    print("| |", " | ".join(COLUMNS.values()), "|\n|---" + "|---" * len(COLUMNS) + "|")
+    for name, table in tables.items():
         print(f"| {name} |", " | ".join(shown(values) for values in table.values()), "|")
-        if not first:
-            first = table
-            continue
-        gaps = {key: [a - b for a, b in zip(table[key], first[key])] for key in COLUMNS}
-        print("| minus off |", " | ".join(shown(gap) for gap in gaps.values()), "|", flush=True)
+        if table is not first:
+            gaps = [[a - b for a, b in zip(table[key], first[key])] for key in COLUMNS]
+            print("| minus off |", " | ".join(shown(gap) for gap in gaps), "|")
 
 
 if __name__ == "__main__":
