@@ -2704,6 +2704,21 @@ def hook_name(substrate: Standin | Pythia) -> str:
     return f"blocks.{substrate.layer}.hook_resid_post"
 
 
+def sae_cfg_dict(config: CustomSAEConfig, substrate: Standin | Pythia, d_in: int) -> dict:
+    """The SAE as SAELens describes one."""
+    return {
+        "model_name": substrate.model_name, "d_in": d_in, "d_sae": config.expansion * d_in,
+        "hook_layer": substrate.layer, "hook_name": hook_name(substrate),
+        "context_size": config.context_length, "hook_head_index": None,
+        "architecture": "standard", "apply_b_dec_to_input": True,
+        "finetuning_scaling_factor": None, "activation_fn_str": "relu", "prepend_bos": False,
+        "normalize_activations": "none", "dtype": "float32", "device": "cpu",
+        "dataset_path": substrate.name, "dataset_trust_remote_code": False,
+        "seqpos_slice": [None], "training_tokens": config.steps * config.batch_size,
+        "sae_lens_training_version": None, "neuronpedia_id": None,
+    }
+
+
 def sae_bench_part(run: str, config: CustomSAEConfig, material: Material, means: dict,
                    probing: list[dict], d_in: int) -> dict[str, Any]:
     """The keys of SAEBench's sparse-probing output, as run_0 has them."""
@@ -2735,17 +2750,7 @@ def sae_bench_part(run: str, config: CustomSAEConfig, material: Material, means:
         "sae_bench_commit_hash": "none: computed by experiment.py",
         "sae_lens_id": run, "sae_lens_release_id": f"{substrate.model_name}_{run}",
         "sae_lens_version": "6.18.0",
-        "sae_cfg_dict": {
-            "model_name": substrate.model_name, "d_in": d_in, "d_sae": config.expansion * d_in,
-            "hook_layer": substrate.layer, "hook_name": hook_name(substrate), "context_size":
-            config.context_length, "hook_head_index": None, "architecture": "standard",
-            "apply_b_dec_to_input": True, "finetuning_scaling_factor": None,
-            "activation_fn_str": "relu", "prepend_bos": False, "normalize_activations": "none",
-            "dtype": "float32", "device": "cpu", "dataset_path": substrate.name,
-            "dataset_trust_remote_code": False, "seqpos_slice": [None],
-            "training_tokens": config.steps * config.batch_size,
-            "sae_lens_training_version": None, "neuronpedia_id": None,
-        },
+        "sae_cfg_dict": sae_cfg_dict(config, substrate, d_in),
         "eval_result_unstructured": None,
         "training_steps": config.steps, "final_loss": means.get("final_loss"),
         "layer": substrate.layer, "dict_size": config.expansion * d_in,
