@@ -2,17 +2,22 @@
 
     python tests/small.py FOLDER EVENT CALL OF --out_dir=run_1
 
-FOLDER is what `test_main.local_hub` made. At the CALL-th call of the function OF (a name in
+FOLDER is what `local_hub` made. At the CALL-th call of the function OF (a name in
 experiment.py, or `os.fsync`, which every file that is written goes through) EVENT happens: a
 signal by its name, or `vanish`, which removes the cache. OF may be `never`.
 """
 
+import json
 import os
 import shutil
 import signal
 import sys
 import threading
 from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -26,11 +31,66 @@ TINY = dict(
 )
 
 
+def local_hub(folder):
+    """A model, a tokenizer and rows for every data set, all in local files."""
+    rows = {
+        "Salesforce/wikitext": [
+            {
+                "text": f" The {w} of the old town stood by the river until {i}, "
+                "when the council took it down and built a market there ."
+            }
+            for i, w in enumerate(["church", "bridge", "tower", "school"] * 60)
+        ],
+        "cais/wmdp": [
+            {
+                "question": f"Which part of the cell number {i} turns sugar into energy?",
+                "choices": ["the wall", "the mitochondrion", "water", "salt"],
+                "answer": 1,
+            }
+            for i in range(120)
+        ],
+        "cais/mmlu": [
+            {
+                "question": f"In which century was treaty {i} signed?",
+                "subject": "history",
+                "choices": ["first", "tenth", "last", "none"],
+                "answer": i % 4,
+            }
+            for i in range(20)
+        ],
+        "fancyzhx/ag_news": [
+            {"text": f"News item {i} about topic {i % 4} and what it means today", "label": i % 4}
+            for i in range(400)
+        ],
+    }
+    for name, items in rows.items():
+        path = folder / f"{name.replace('/', '_')}.jsonl"
+        path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"])
+    tokenizer.train_from_iterator([str(items) for items in rows.values()], trainer)
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>"
+    )
+    config = transformers.GPTNeoXConfig(
+        vocab_size=400,
+        hidden_size=128,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        intermediate_size=256,
+    )
+    torch.manual_seed(0)
+    model = transformers.GPTNeoXForCausalLM(config)
+    model.save_pretrained(folder / "model")
+    wrapped.save_pretrained(folder / "model")
+
+
 def load_local(folder):
     """`datasets.load_dataset` for the files in `folder` alone."""
     load = ex.datasets.load_dataset
 
-    def load_dataset(path, config=None, split=None, revision=None, streaming=False):
+    def load_dataset(path, streaming=False, **_):
         file = folder / f"{path.replace('/', '_')}.jsonl"
         if not file.exists():
             raise FileNotFoundError(f"no {path} here")
@@ -45,7 +105,7 @@ def prepare(folder, patch=setattr):
         (ex.datasets, "load_dataset", load_local(folder)),
         (ex.Pythia, "model_name", str(folder / "model")),
         (ex.Pythia, "revisions", {str(folder / "model"): "main"}),
-        (ex.Pythia, "available", lambda self: None),
+        (ex.Pythia, "check", lambda self: None),
         (ex.Pythia, "fetch", lambda self: None),
         (ex, "BUDGETS", {"smoke": TINY}),
         (ex, "MULTIPLIERS", (2.0, 8.0)),

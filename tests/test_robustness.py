@@ -17,7 +17,6 @@ import small
 import torch
 import transformers
 from safetensors.torch import load_file
-from test_main import local_hub
 
 import experiment as ex
 import plot
@@ -49,7 +48,7 @@ def files_in(folder):
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
-    local_hub(folder)
+    small.local_hub(folder)
     return folder
 
 
@@ -352,7 +351,7 @@ def test_weights_that_are_not_finite_are_never_kept(job, monkeypatch, tmp_path, 
     monkeypatch.setattr(ex.CustomTrainer, "step", poisoned)
     assert job() == 1
     said = capfd.readouterr().err
-    assert "error: non-finite sae.W_enc at step 12, seed 0: loss " in said
+    assert "error: non-finite sae.W_enc_FD at step 12, seed 0: loss " in said
     (checkpoint,) = (tmp_path / "cache").rglob("train-0-*")
     tensors, note = ex.read_tensors(checkpoint)
     assert note["step_count"] == 6
