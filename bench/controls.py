@@ -90,18 +90,22 @@ def main() -> None:
         sys.exit(f"error: no finished {', '.join(missing)} here; run them first")
     tables = {name: {key: [row[key] for row in info["seeds"]] for key in COLUMNS}
               for name, info in found.items()}
+    off = next(iter(tables.values()))
+    print("| |", " | ".join(COLUMNS.values()), "|\n|---" + "|---" * len(COLUMNS) + "|")
+    for name, table in tables.items():
+        show(name, table, off)
     material, buffer = prepare()
     for name, row in ROWS.items():
         config = ex.CustomSAEConfig(**{**dataclasses.asdict(material.config), **row})
         seeds = [measure(config, seed, material, buffer) for seed in config.seeds]
-        tables[name] = {key: [seed[key] for seed in seeds] for key in COLUMNS}
-    first = next(iter(tables.values()))
-    print("| |", " | ".join(COLUMNS.values()), "|\n|---" + "|---" * len(COLUMNS) + "|")
-    for name, table in tables.items():
-        print(f"| {name} |", " | ".join(shown(values) for values in table.values()), "|")
-        if table is not first:
-            gaps = [[a - b for a, b in zip(table[key], first[key])] for key in COLUMNS]
-            print("| minus off |", " | ".join(shown(gap) for gap in gaps), "|")
+        show(name, {key: [seed[key] for seed in seeds] for key in COLUMNS}, off)
+
+
+def show(name: str, table: dict[str, list[float]], off: dict[str, list[float]]) -> None:
+    print(f"| {name} |", " | ".join(shown(values) for values in table.values()), "|", flush=True)
+    if table is not off:
+        gaps = [[a - b for a, b in zip(table[key], off[key])] for key in COLUMNS]
+        print("| minus off |", " | ".join(shown(gap) for gap in gaps), "|", flush=True)
 
 
 if __name__ == "__main__":
