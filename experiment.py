@@ -14,6 +14,7 @@ group, K domains of text, N entries of a flat list, T tokens of a context, R col
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import inspect
@@ -50,6 +51,7 @@ try:
     import safetensors.torch
     import scipy.sparse
     import torch
+    import torch.distributed as dist
     import transformers
     import wandb
     from filelock import FileLock, Timeout
@@ -347,13 +349,18 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+LEADER = int(os.environ.get("RANK", 0)) == 0  # under torchrun the first process speaks for all
+
+
 def say(text: str) -> None:
     """One line for the person at the terminal, clear of progress bars."""
-    tqdm.write(text, file=sys.stderr)
+    if LEADER:
+        tqdm.write(text, file=sys.stderr)
 
 
 def progress(items: Any, what: str, **options: Any) -> tqdm:
-    return tqdm(items, desc=what, disable=not sys.stderr.isatty(), leave=False, **options)
+    quiet = not (LEADER and sys.stderr.isatty())
+    return tqdm(items, desc=what, disable=quiet, leave=False, **options)
 
 
 class Cache:
@@ -396,6 +403,57 @@ class Cache:
             tensors, note = build()
             write_tensors(path, tensors, note)
             return tensors, json.loads(to_json(note))
+
+
+# ------------------------------------------------------------------------------------------------
+# Team: the processes that torchrun started
+# ------------------------------------------------------------------------------------------------
+
+
+class Team:
+    """The processes of a `torchrun`, which train one SAE together; without it, a team of one.
+
+    Each works on its share of every batch. Sums are the same everywhere to the last bit, so all
+    take the same steps; what is decided on more than sums is decided by the first, who tells the
+    others. They must see the same cache. One that dies closes its connections, at which the others
+    stop with UserError.
+    """
+
+    def __init__(self) -> None:
+        known = {name: int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK")}
+        self.rank, self.size = known["RANK"], int(os.environ.get("WORLD_SIZE", 1))
+        gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda", known["LOCAL_RANK"]) if gpu else torch.device("cpu")
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo",
+                                    timeout=datetime.timedelta(hours=12))  # of evaluations, too
+
+    def share(self, n: int) -> slice:
+        """This process's part of `n` rows; the same size for all."""
+        if n % self.size:
+            raise UserError(f"a batch of {n} tokens cannot be divided equally among {self.size} "
+                            "processes; use a number that divides it")
+        each = n // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def sum_(self, part: Tensor) -> Tensor:
+        return self.together(dist.all_reduce, part)
+
+    def same_(self, part: Tensor) -> Tensor:
+        """What the first process has."""
+        return self.together(dist.broadcast, part, src=0)
+
+    def wait(self) -> None:
+        self.sum_(torch.zeros(1))
+
+    def together(self, operation: Callable, part: Tensor, **options: Any) -> Tensor:
+        if self.size > 1:
+            try:
+                operation(part, **options)
+            except RuntimeError as error:
+                raise UserError(f"process {self.rank} of {self.size} lost another one "
+                                f"({' '.join(str(error).split())[:120]})") from error
+        return part
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1015,15 +1073,22 @@ class ActivationBuffer:
     def __len__(self) -> int:
         return len(self.domain_N)
 
-    def batch(self, seed: int, step: int, size: int) -> tuple[Tensor, Tensor]:
-        """Normalised activations z [B, D] float32 and their domains [B]; epochs are reshuffled."""
+    def batch(self, seed: int, step: int, size: int, share: slice = slice(None),
+              mislabelled: bool = False) -> tuple[Tensor, Tensor]:
+        """Normalised activations z [B, D] float32 and their domains [B]; epochs are reshuffled.
+
+        Of a batch of `size` tokens the `share` is given; `mislabelled` shuffles its domains.
+        """
         per_epoch = len(self) // size
         epoch, place = divmod(step, per_epoch)
         if self.order[0] != (seed, epoch):
             order = torch.randperm(len(self), generator=randomness("order", seed, epoch))
             self.order = ((seed, epoch), order)
-        index = self.order[1][place * size : (place + 1) * size]
-        return self.acts_ND[index].float() / self.scale, self.domain_N[index].long()
+        index = labelled = self.order[1][place * size : (place + 1) * size]
+        if mislabelled:
+            labelled = index[torch.randperm(size, generator=randomness("shuffle", seed, step))]
+        z_BD = self.acts_ND[index[share]].float() / self.scale
+        return z_BD, self.domain_N[labelled[share]].long()
 
     def sample(self, domain: int, size: int) -> Tensor:
         """Up to `size` normalised activations of one domain, always the same ones."""
@@ -1036,9 +1101,9 @@ class Material:
     """What all runs on a substrate share: computed once, by whichever run comes first."""
 
     def __init__(self, substrate: Standin | Pythia, config: CustomSAEConfig, cache: Cache,
-                 device: torch.device):
-        self.substrate, self.config, self.cache, self.device = substrate, config, cache, device
-        self.dtype = faster_dtype(device)
+                 team: Team):
+        self.substrate, self.config, self.cache, self.team = substrate, config, cache, team
+        self.dtype = faster_dtype(team.device)
         self.causes = (substrate.name, substrate.fingerprint, str(self.dtype), torch.__version__,
                        transformers.__version__, config.context_length,
                        source_of(HookedLM, pack_contexts))
@@ -1046,7 +1111,7 @@ class Material:
     @functools.cached_property
     def lm(self) -> HookedLM:
         model, tokenizer = self.substrate.load_model(self.dtype)
-        return HookedLM(model, tokenizer, self.substrate.layer, self.device)
+        return HookedLM(model, tokenizer, self.substrate.layer, self.team.device)
 
     def cached(self, name: str, build: Callable, *causes: Any) -> tuple[dict[str, Tensor], Any]:
         def finite() -> tuple[dict[str, Tensor], Any]:
@@ -1099,13 +1164,19 @@ class Material:
         return found["tokens"], found["domain"]
 
     def activations(self, shard_tokens: int = 32_768, rows: int = 32) -> ActivationBuffer:
-        """The training buffer, its missing shards computed through the language model's hook."""
+        """The training buffer, its missing shards computed through the language model's hook.
+
+        Each of a team starts with a share of its own, and finds those of the others in the cache.
+        """
         tokens_NT, domain_N = self.contexts("learn")
         per_shard = max(1, shard_tokens // tokens_NT.shape[1])
         contents = checksum({"tokens": tokens_NT, "domain": domain_N}, "")
         starts = range(0, len(tokens_NT), per_shard)
-        shards: list[tuple[dict[str, Tensor], Any]] = []
-        for start in progress(starts, "activations"):
+        shards: dict[int, tuple[dict[str, Tensor], Any]] = {}
+        for start in progress([0, *starts[self.team.rank :: self.team.size], *starts],
+                              "activations"):
+            if start in shards:
+                continue
             stop = start + per_shard
 
             def build(start: int = start, stop: int = stop) -> tuple[dict[str, Tensor], Any]:
@@ -1121,9 +1192,9 @@ class Material:
                     "sink_norm": limit, "sinks": int((~keep).sum())}
 
             name = f"activations/{start // per_shard:04d}"
-            shards.append(self.cached(name, build, contents))
+            shards[start] = self.cached(name, build, contents)
         self.sink_norm = shards[0][1]["sink_norm"]
-        return ActivationBuffer(shards)
+        return ActivationBuffer([shards[start] for start in starts])
 
     @functools.cached_property
     def heldout(self) -> dict[str, Tensor]:
@@ -1480,6 +1551,7 @@ class CustomSAE(nn.Module):
         super().__init__()
         rows_FD = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         self.screen = screen  # precision in which `sparse_code` looks for active features
+        self.half = False  # whether `dense_code` multiplies in bfloat16
         self.W_enc_FD = nn.Parameter(rows_FD.clone())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(rows_FD)
@@ -1520,10 +1592,13 @@ class CustomSAE(nn.Module):
         return Code(*SparseAutoencode.apply(z_BD, *weights, self.screen))
 
     def dense_code(self, z_BD: Tensor) -> Code:
-        """The same by plain dense products: faster where many features fire, and on a GPU."""
-        f_BF = self.encode(z_BD)
+        """The same by plain dense products: faster where many features fire, and on a GPU, there
+        in bfloat16 where it has it (weights and sums stay float32)."""
+        with torch.autocast(z_BD.device.type, torch.bfloat16, enabled=self.half):
+            f_BF = self.encode(z_BD)
+            z_hat_BD = self.decode(f_BF)
         row_N, column_N = f_BF.nonzero(as_tuple=True)
-        return Code(self.decode(f_BF), f_BF[row_N, column_N], row_N, column_N)
+        return Code(z_hat_BD.float(), f_BF[row_N, column_N].float(), row_N, column_N)
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
@@ -1557,22 +1632,23 @@ class CoactivationSketch:
     entry of A costs one addition, whatever R is.
     """
 
-    def __init__(self, d_sae: int, size: int):
-        self.sum_FR = torch.zeros(d_sae, size)
-        self.signs_R = torch.zeros(size)
-        self.fired_F = torch.zeros(d_sae)
-        self.tokens = torch.zeros(())
+    def __init__(self, d_sae: int, size: int, device: torch.device | str = "cpu"):
+        self.sum_FR = torch.zeros(d_sae, size, device=device)
+        self.signs_R = torch.zeros(size, device=device)
+        self.fired_F = torch.zeros(d_sae, device=device)
+        self.tokens = torch.zeros((), device=device)
 
-    def add_(self, code: Code, n_tokens: int, generator: torch.Generator) -> None:
-        R = self.sum_FR.shape[1]
-        column_B = torch.randint(0, R, (n_tokens,), generator=generator).to(code.row_N.device)
-        sign_B = 2.0 * torch.randint(0, 2, (n_tokens,), generator=generator) - 1
-        sign_B = sign_B.to(code.row_N.device)
+    def add_(self, code: Code, n_tokens: int, generator: torch.Generator,
+             share: slice = slice(None)) -> None:
+        """Add the `share` of a batch of `n_tokens` that went into `code`."""
+        R, device = self.sum_FR.shape[1], code.row_N.device
+        column_B = torch.randint(0, R, (n_tokens,), generator=generator)[share].to(device)
+        sign_B = torch.randint(0, 2, (n_tokens,), generator=generator)[share].to(device) * 2.0 - 1
         place_N = code.column_N * R + column_B[code.row_N]
         self.sum_FR.view(-1).index_add_(0, place_N, sign_B[code.row_N])
         self.signs_R.index_add_(0, column_B, sign_B)
         self.fired_F += torch.bincount(code.column_N, minlength=len(self.fired_F))
-        self.tokens += n_tokens
+        self.tokens += len(sign_B)
 
     def decay_(self, factor: float) -> None:
         """Older batches count less: features move while they train."""
@@ -1829,12 +1905,12 @@ def use_loss(mean_KF: Tensor, running_KF: Tensor, share_F: Tensor | None = None)
     return value + linear - linear.detach()
 
 
-def domain_means(code: Code, domain_B: Tensor, n_domains: int, d_sae: int) -> Tensor:
-    """Mean activation of every feature on the batch's tokens of each domain, [K, F]."""
+def domain_means(code: Code, domain_B: Tensor, count_K: Tensor, d_sae: int) -> Tensor:
+    """Mean activation of every feature on the tokens of each domain, [K, F]; of `count_K` tokens,
+    which may be more than are in `code`: the sum over the parts of a batch is the batch's mean."""
     index = domain_B[code.row_N] * d_sae + code.column_N
-    total = torch.zeros(n_domains * d_sae, device=index.device).index_add(0, index, code.value_N)
-    count_K = torch.bincount(domain_B, minlength=n_domains).clamp(min=1)
-    return total.view(n_domains, d_sae) / count_K[:, None]
+    total = torch.zeros(len(count_K) * d_sae, device=index.device).index_add(0, index, code.value_N)
+    return total.view(len(count_K), d_sae) / count_K.clamp(min=1)[:, None]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1854,17 +1930,18 @@ class CustomTrainer:
     USE_MEMORY = 0.98  # of the running means, a step
     SKETCH_MEMORY = 0.5  # a regrouping
 
-    def __init__(self, config: CustomSAEConfig, sae: CustomSAE, seed: int, n_domains: int = 2):
+    def __init__(self, config: CustomSAEConfig, sae: CustomSAE, seed: int, n_domains: int = 2,
+                 team: Team | None = None):
         if config.orthogonality not in ("off", "fixed", "adaptive", "max_cosine"):
             raise ValueError(f"orthogonality={config.orthogonality!r}; use off, fixed, adaptive "
                              "or max_cosine")
         if config.ortho_matrix not in ("decoder", "encoder"):
             raise ValueError(f"ortho_matrix={config.ortho_matrix!r}; use decoder or encoder")
         self.row, self.sae, self.seed, self.n_domains = config, sae, seed, n_domains
+        self.team = team or Team()
         self.alpha = config.alpha
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, fused=True)
-        self.sketch = CoactivationSketch(sae.d_sae, config.sketch_size)
-        self.state: dict[str, Tensor] = {
+        state = {
             "use_KF": torch.zeros(n_domains, sae.d_sae),  # running mean activations by domain
             "use_weight": torch.zeros(()),
             "silent_F": torch.zeros(sae.d_sae, dtype=torch.long),  # steps since a feature fired
@@ -1874,6 +1951,9 @@ class CustomTrainer:
             "l_dir": torch.zeros(()),
             "pull_FD": torch.zeros(0),  # gradient of L_dir when it was last computed
         }
+        self.device = sae.W_dec.device
+        self.state = {name: part.to(self.device) for name, part in state.items()}
+        self.sketch = CoactivationSketch(sae.d_sae, config.sketch_size, self.device)
         self.step_count = 0
         self.log_sparsity = math.log(config.sparsity_penalty)
         self.l0 = 2.0 * config.target_l0  # running
@@ -1887,26 +1967,25 @@ class CustomTrainer:
                 "d_sae": self.sae.d_sae, "seed": self.seed}
 
     def step(self, z_BD: Tensor, domain_B: Tensor) -> dict[str, float]:
-        """One step on normalised activations and their domain labels; returns the loss's terms."""
+        """One step on normalised activations and their domain labels, both this process's share
+        of the batch; returns the loss's terms over the whole batch."""
         self.set_learning_rate_()
+        n = len(z_BD) * self.team.size
         code = self.sae.sparse_code(z_BD) if self.is_sparse() else self.sae.dense_code(z_BD)
         error_B = (z_BD - code.z_hat_BD).norm(dim=1)
-        fit, l1 = error_B.mean(), code.value_N.sum() / len(z_BD)
-        use_KF = domain_means(code, domain_B, self.n_domains, self.sae.d_sae)
-        self.update_use_(use_KF.detach())
+        fit, l1 = error_B.sum() / n, code.value_N.sum() / n
+        count_K = self.team.sum_(torch.bincount(domain_B, minlength=self.n_domains))
+        use_KF = domain_means(code, domain_B, count_K, self.sae.d_sae)
+        self.update_use_(self.team.sum_(use_KF.detach().clone()))
         l_dir, l_use = self.direction_term(), self.use_term(use_KF)
-        ramp, sparsity = self.ramp(), math.exp(self.log_sparsity)
-        l_orth = l_dir + self.row.eta * l_use
-        loss = fit + sparsity * l1 + self.alpha * ramp * l_orth
-        terms = {
-            "loss": loss.item(), "fit": fit.item(), "l1": l1.item(),
-            "l0": len(code.row_N) / len(z_BD), "lambda": sparsity, "alpha": self.alpha,
-            "ramp": ramp, "l_dir": float(l_dir), "l_use": l_use.item(), "l_orth": l_orth.item(),
-        }
+        loss = self.total(fit, l1, l_dir, l_use)
+        terms = self.whole_batch(fit, l1, len(code.row_N) / n, l_dir, l_use)
         self.check_finite(terms)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.add_direction_gradient_()
+        for parameter in self.sae.parameters():
+            self.team.sum_(parameter.grad)
         self.sae.remove_parallel_gradient_()
         self.optimizer.step()
         self.sae.normalize_decoder_()
@@ -1916,8 +1995,23 @@ class CustomTrainer:
         self.regroup_if_due_()
         return terms
 
+    def total(self, fit: Any, l1: Any, l_dir: Any, l_use: Any) -> Any:
+        """The objective."""
+        l_orth = l_dir + self.row.eta * l_use
+        return fit + math.exp(self.log_sparsity) * l1 + self.alpha * self.ramp() * l_orth
+
+    def whole_batch(self, fit: Tensor, l1: Tensor, l0: float, l_dir: Tensor,
+                    l_use: Tensor) -> dict[str, float]:
+        """The objective and its terms as numbers; of fit, l1 and l0 each process has a part."""
+        parts = torch.stack([fit.detach(), l1.detach(), torch.full_like(fit, l0)])
+        fit, l1, l0 = self.team.sum_(parts).tolist()
+        l_dir, l_use = l_dir.item(), l_use.item()
+        return {"loss": self.total(fit, l1, l_dir, l_use), "fit": fit, "l1": l1, "l0": l0,
+                "l_dir": l_dir, "l_use": l_use, "l_orth": l_dir + self.row.eta * l_use,
+                "lambda": math.exp(self.log_sparsity), "alpha": self.alpha, "ramp": self.ramp()}
+
     def is_sparse(self) -> bool:
-        return self.sae.W_dec.device.type == "cpu" and self.l0 < 0.1 * self.sae.d_sae
+        return self.device.type == "cpu" and self.l0 < 0.1 * self.sae.d_sae
 
     def ramp(self) -> float:
         """0 to 1 over the first `ramp_fraction` of training: features form before they part."""
@@ -1952,13 +2046,14 @@ class CustomTrainer:
         return direction_loss(W_FD, self.state["groups_GM"], self.state["share_G"])
 
     def add_direction_gradient_(self) -> None:
-        if self.row.orthogonality != "off":
+        """Once in the team, whose gradients are about to be summed."""
+        if self.row.orthogonality != "off" and not self.team.rank:
             self.kept_apart().grad.add_(self.state["pull_FD"], alpha=self.alpha * self.ramp())
 
     def use_term(self, use_KF: Tensor) -> Tensor:
         if self.row.orthogonality != "adaptive" or not self.row.eta:
-            return torch.zeros(())
-        share_F = torch.zeros(self.sae.d_sae)
+            return torch.zeros((), device=self.device)
+        share_F = torch.zeros(self.sae.d_sae, device=self.device)
         share_F[self.state["groups_GM"]] = self.state["share_G"][:, None].expand(
             self.state["groups_GM"].shape
         )
@@ -1984,7 +2079,8 @@ class CustomTrainer:
 
     def update_use_(self, use_KF: Tensor) -> None:
         self.state["use_KF"].lerp_(use_KF, 1 - self.USE_MEMORY)
-        self.state["use_weight"].lerp_(torch.ones(()), 1 - self.USE_MEMORY)
+        one = torch.ones_like(self.state["use_weight"])
+        self.state["use_weight"].lerp_(one, 1 - self.USE_MEMORY)
 
     def update_sparsity_(self, l0: float) -> None:
         """Move log λ so that the running L0 meets its target.
@@ -2003,10 +2099,11 @@ class CustomTrainer:
     def update_activity_(self, code: Code, z_BD: Tensor, error_B: Tensor) -> None:
         """Count silence, feed the co-activation sketch, and wake dead features when it is time."""
         row, t = self.row, self.step_count
-        self.state["silent_F"] += 1
-        self.state["silent_F"][code.column_N] = 0
+        fired_F = self.team.sum_(torch.bincount(code.column_N, minlength=self.sae.d_sae)) > 0
+        self.state["silent_F"].add_(1).masked_fill_(fired_F, 0)
         if t % row.sketch_every == 0:
-            self.sketch.add_(code, len(z_BD), randomness("sketch", self.seed, t))
+            n = len(z_BD) * self.team.size
+            self.sketch.add_(code, n, randomness("sketch", self.seed, t), self.team.share(n))
         if t % row.resample_every == 0 and 0 < t <= row.resample_fraction * row.steps:
             self.resample_(code, z_BD, error_B)
 
@@ -2019,13 +2116,21 @@ class CustomTrainer:
         dead = (self.state["silent_F"] >= self.row.resample_every).nonzero().squeeze(1)
         if not len(dead):
             return
+        sae, n = self.sae, len(z_BD) * self.team.size
+        share = self.team.share(n)
+        dead = dead[: n // 4]  # each needs a token of its own, or twins are born
+        everybody_B = torch.zeros(n)
+        everybody_B[share] = error_B.square().cpu()
         generator = randomness("resample", self.seed, self.step_count)
-        dead = dead[: len(z_BD) // 4]  # each needs a token of its own, or twins are born
-        drawn = torch.multinomial(error_B.square(), len(dead), generator=generator)
-        direction = nn.functional.normalize((z_BD - code.z_hat_BD)[drawn], dim=1)
-        sae = self.sae
+        drawn = torch.multinomial(self.team.sum_(everybody_B), len(dead), generator=generator)
+        mine = ((drawn >= share.start) & (drawn < share.stop)).to(self.device)
+        here = drawn.to(self.device)[mine] - share.start
+        lacking, centred = torch.zeros(2, len(dead), sae.d_in, device=self.device)
+        lacking[mine], centred[mine] = (z_BD - code.z_hat_BD)[here], z_BD[here] - sae.b_dec
+        direction = nn.functional.normalize(self.team.sum_(lacking), dim=1)
         sae.W_dec[dead] = sae.W_enc_FD[dead] = direction
-        sae.b_enc[dead] = -0.5 * ((z_BD[drawn] - sae.b_dec) * direction).sum(1).clamp(min=0.02)
+        overlap = (self.team.sum_(centred) * direction).sum(1)
+        sae.b_enc[dead] = -0.5 * overlap.clamp(min=0.02)
         for name, part in self.moments():
             if not name.endswith("b_dec"):
                 part[dead] = 0
@@ -2042,12 +2147,14 @@ class CustomTrainer:
 
         All modes do so, for the history's sake; only `adaptive` makes a difference of it.
         """
-        row, W_FD = self.row, self.sae.W_dec
-        rows_FR = self.sketch.unit_rows()
+        row, use_KF, W_FD = self.row, self.running_use().cpu(), self.sae.W_dec.cpu()
+        self.gather_sketch_()
+        rows_FR = self.sketch.unit_rows().cpu()
         groups = group_features(rows_FR, row.group_size, self.seed)
-        statistics = group_statistics(rows_FR, self.running_use(), W_FD, groups)
+        statistics = group_statistics(rows_FR, use_KF, W_FD, groups)
         share = sharing(statistics, row.share_min, row.share_max, row.kappa_max, self.kappa_random)
-        self.state["groups_GM"], self.state["share_G"] = groups, share
+        for name, found in (("groups_GM", groups), ("share_G", share)):
+            self.state[name] = self.team.same_(found.to(self.device))
         self.sketch.decay_(self.SKETCH_MEMORY)
         kappa = statistics.kappa_G
         self.record({
@@ -2057,6 +2164,13 @@ class CustomTrainer:
             "coactivation": float(statistics.coactivation_G.mean()),
             "evenness": float(statistics.evenness_G.mean()),
         })
+
+    def gather_sketch_(self) -> None:
+        """What all have seen to the first; the others start from nothing."""
+        for part in vars(self.sketch).values():
+            self.team.sum_(part)
+            if self.team.rank:
+                part.zero_()
 
     def record(self, values: dict[str, float]) -> None:
         """A line of the training curves."""
@@ -2071,7 +2185,11 @@ class CustomTrainer:
                     yield f"{kind}.{name}", self.optimizer.state[parameter][kind]
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that must survive a crash: tensors, and plain values for a JSON note."""
+        """Everything that must survive a crash: tensors, and plain values for a JSON note.
+
+        Asked of all of a team, given whole by the first.
+        """
+        self.gather_sketch_()
         tensors = {f"sae.{name}": part for name, part in self.sae.state_dict().items()}
         tensors |= {f"adam.{name}": part for name, part in self.moments()}
         tensors |= {f"state.{name}": part for name, part in self.state.items()}
@@ -2090,9 +2208,10 @@ class CustomTrainer:
                 empty = torch.zeros_like(parameter)  # keeps the parameter's memory layout
                 self.optimizer.state[parameter][kind] = empty.copy_(tensors[f"adam.{kind}.{name}"])
         for name in self.state:
-            self.state[name] = tensors[f"state.{name}"]
+            self.state[name] = tensors[f"state.{name}"].to(self.device)
         for name in vars(self.sketch):
-            setattr(self.sketch, name, tensors[f"sketch.{name}"])
+            part = tensors[f"sketch.{name}"].to(self.device)
+            setattr(self.sketch, name, torch.zeros_like(part) if self.team.rank else part)
         for name, value in note.items():
             setattr(self, name, value)
 
@@ -2127,36 +2246,49 @@ class Interrupts:
             raise Interrupts.Stop
 
 
-def train_sae(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int, checkpoint: Path,
-              interrupts: Interrupts, log: Callable[[dict], None]) -> CustomTrainer:
-    """Train the SAE of one seed, continuing from `checkpoint` where there is one."""
+def new_trainer(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int,
+                team: Team) -> CustomTrainer:
+    """An SAE before its first step, the same in all of a team."""
     d_in = buffer.acts_ND.shape[1]
     screen = faster_screen() if config.encoder_screen == "auto" else config.encoder_screen
     sae = CustomSAE(d_in, config.expansion * d_in, randomness("weights", seed), screen)
     sae.initialize_biases_(buffer.batch(seed, 0, config.batch_size)[0], 2 * config.target_l0)
-    trainer = CustomTrainer(config, sae, seed)
+    sae.half = team.device.type == "cuda" and faster_dtype(team.device) == torch.bfloat16
+    for part in sae.to(team.device).state_dict().values():
+        team.same_(part)
+    return CustomTrainer(config, sae, seed, team=team)
+
+
+def train_sae(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int, checkpoint: Path,
+              interrupts: Interrupts, log: Callable[[dict], None], team: Team) -> CustomTrainer:
+    """Train the SAE of one seed, continuing from `checkpoint` where there is one."""
+    trainer = new_trainer(config, buffer, seed, team)
     if (found := read_tensors(checkpoint)) is not None:
         trainer.load_state_dict(*found)
+    if int(team.sum_(torch.tensor(trainer.step_count))) != team.size * trainer.step_count:
+        raise UserError(f"processes found different checkpoints in {checkpoint.parent}; all of "
+                        "them must see the same SAE_CACHE_DIR")
     bar = progress(range(config.steps), f"seed {seed}", initial=trainer.step_count)
+    share = team.share(config.batch_size)
     with interrupts.deferred():
         while trainer.step_count < config.steps:
-            z_BD, domain_B = buffer.batch(seed, trainer.step_count, config.batch_size)
-            if config.shuffle_domains:
-                order = torch.randperm(len(domain_B), generator=randomness("shuffle", seed,
-                                                                           trainer.step_count))
-                domain_B = domain_B[order]
-            terms = trainer.step(z_BD, domain_B)
+            z_BD, domain_B = buffer.batch(seed, trainer.step_count, config.batch_size, share,
+                                          config.shuffle_domains)
+            terms = trainer.step(z_BD.to(team.device), domain_B.to(team.device))
             bar.update()
             if trainer.step_count % config.log_every == 0:
                 trainer.record({**terms, "lr": trainer.optimizer.param_groups[0]["lr"]})
                 bar.set_postfix(loss=f"{terms['loss']:.3f}", l0=f"{terms['l0']:.0f}")
                 log(trainer.history[-1])
+            interrupted = bool(team.sum_(torch.tensor(interrupts.signal or 0)))
             done = trainer.step_count == config.steps
-            if interrupts.signal or done or trainer.step_count % config.checkpoint_every == 0:
+            if interrupted or done or trainer.step_count % config.checkpoint_every == 0:
                 tensors, note = trainer.state_dict()
                 trainer.check_finite(terms, non_finite(tensors))  # before it is kept
-                write_tensors(checkpoint, tensors, note)
-            if interrupts.signal:
+                if LEADER:
+                    write_tensors(checkpoint, tensors, note)
+            if interrupted:
+                interrupts.signal = interrupts.signal or signal.SIGTERM
                 raise Interrupts.Stop
     bar.close()
     return trainer
@@ -2808,7 +2940,8 @@ def environment(material: Material) -> dict[str, Any]:
     versions = {name: sys.modules[name].__version__ for name in packages if name in sys.modules}
     return {"python": platform.python_version(), "packages": versions,
             "machine": platform.machine(), "processor": processor_name(),
-            "threads": torch.get_num_threads(), "device": str(material.device),
+            "threads": torch.get_num_threads(), "processes": material.team.size,
+            "device": str(material.team.device),
             "language_model_dtype": str(material.dtype).removeprefix("torch."),
             "substrate_fingerprint": material.substrate.fingerprint}
 
@@ -2881,11 +3014,13 @@ class Logger:
     """wandb if it works, silently nothing if it does not: logging never costs a run."""
 
     def __init__(self, run: str, config: dict[str, Any], substrate: str, cache: Cache):
+        self.run = None
+        if not LEADER:
+            return
         signed_in = os.environ.get("WANDB_API_KEY") or requests.utils.get_netrc_auth(
             os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
         )
         mode = os.environ.get("WANDB_MODE") or ("online" if signed_in else "offline")
-        self.run = None
         try:
             self.run = wandb.init(
                 project="adaptive-orthogonal-sae", name=run, group=substrate, config=config,
@@ -2928,31 +3063,40 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def evaluate_seed(trained: TrainedSAE, material: Material, buffer: ActivationBuffer, seed: int,
-                  name: str, clock: Clock) -> dict[str, dict[str, Any]]:
-    """All four evaluations of one SAE, each kept in the cache as soon as it is done."""
-    config = material.config
+def evaluate_all(trained: dict[int, TrainedSAE], material: Material, buffer: ActivationBuffer,
+                 name: str, clock: Clock) -> dict[int, dict[str, dict[str, Any]]]:
+    """All four evaluations of every seed's SAE, by seed and part; each is kept in the cache as soon
+    as it is done, where the first of a team finds those that the others did."""
+    config, team = material.config, material.team
     statistics = functools.cache(
-        lambda: feature_statistics(trained, buffer, config.frequency_tokens)
-    )
-    parts = {
-        "reconstruction": lambda: evaluate_reconstruction(trained, material, statistics().use_KF),
-        "conditioning": lambda: evaluate_conditioning(trained, material),
-        "sparse_probing": lambda: evaluate_sparse_probing(trained, material),
-        "unlearning": lambda: evaluate_unlearning(trained, material, statistics(), seed),
+        lambda seed: feature_statistics(trained[seed], buffer, config.frequency_tokens))
+    evaluations = {
+        "reconstruction": lambda seed: evaluate_reconstruction(trained[seed], material,
+                                                               statistics(seed).use_KF),
+        "conditioning": lambda seed: evaluate_conditioning(trained[seed], material),
+        "sparse_probing": lambda seed: evaluate_sparse_probing(trained[seed], material),
+        "unlearning": lambda seed: evaluate_unlearning(trained[seed], material, statistics(seed),
+                                                       seed),
     }
-    weights = checksum(dict(trained.sae.state_dict()), str(trained.scale))
-    results = {}
-    for part, evaluate in parts.items():
+    weights = {seed: checksum(dict(one.sae.state_dict()), str(one.scale))
+               for seed, one in trained.items()}
+
+    def result(part: str, seed: int) -> dict[str, Any]:
         with clock.phase(part):
-            causes = (weights, config, material.causes, EVALUATION_CODE)
-            results[part] = material.cache.get(f"{name}/{part}-{seed}", causes,
-                                               lambda evaluate=evaluate: ({}, evaluate()))[1]
-    return results
+            causes = (weights[seed], config, material.causes, EVALUATION_CODE)
+            return material.cache.get(f"{name}/{part}-{seed}", causes,
+                                      lambda: ({}, evaluations[part](seed)))[1]
+
+    jobs = [(part, seed) for part in evaluations for seed in trained]
+    done = {job: result(*job) for job in jobs[team.rank :: team.size]}
+    team.wait()
+    return {seed: {part: done.get((part, seed)) or result(part, seed) for part in evaluations}
+            for seed in trained if LEADER}
 
 
-def run_experiment(out_dir: Path, interrupts: Interrupts) -> dict[str, Any]:
-    """Train and evaluate the row that `out_dir` names; returns what final_info.json holds."""
+def run_experiment(out_dir: Path, interrupts: Interrupts, team: Team) -> dict[str, Any] | None:
+    """Train and evaluate the row that `out_dir` names; returns what final_info.json holds, to the
+    first of a team."""
     run, budget = out_dir.resolve().name, os.environ.get("SAE_BUDGET", "full")
     config = resolve_config(run, budget, out_dir.resolve().parent)
     cache = Cache(Path(os.environ.get("SAE_CACHE_DIR") or ".cache"))
@@ -2963,8 +3107,8 @@ def run_experiment(out_dir: Path, interrupts: Interrupts) -> dict[str, Any]:
         raise UserError(f"{links[0]} is a link and may lead out of the run folder; remove it")
     lock = cache.lock(f"run-{digest(str(out_dir.resolve()))}", timeout=0)
     try:
-        with lock:
-            return run_locked(out_dir, run, budget, config, cache, interrupts)
+        with lock if LEADER else contextlib.nullcontext():
+            return run_locked(out_dir, run, budget, config, cache, interrupts, team)
     except Timeout:
         raise UserError(f"another process works on {out_dir}; wait for it, or stop it") from None
 
@@ -2978,12 +3122,12 @@ def set_aside_results(out_dir: Path, record: dict[str, Any]) -> None:
 
 
 def run_locked(out_dir: Path, run: str, budget: str, config: CustomSAEConfig, cache: Cache,
-               interrupts: Interrupts) -> dict[str, Any]:
-    clock, device = Clock(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+               interrupts: Interrupts, team: Team) -> dict[str, Any] | None:
+    clock = Clock()
     with clock.phase("download"):
         substrate = choose_substrate(os.environ.get("SAE_SUBSTRATE", "auto"), cache)
         substrate.fetch()
-    material = Material(substrate, config, cache, device)
+    material = Material(substrate, config, cache, team)
     say(f"{run}: {PURPOSE[run]}; substrate {substrate.name}, budget {budget}")
     with clock.phase("activations"):
         buffer = material.activations()
@@ -2993,23 +3137,24 @@ def run_locked(out_dir: Path, run: str, budget: str, config: CustomSAEConfig, ca
               "substrate": substrate.name, "budget": budget, "model_name": substrate.model_name,
               "hook_name": hook_name(substrate), "train_tokens_unique": len(buffer),
               "activation_scale": buffer.scale}
-    set_aside_results(out_dir, record)
-    write_text(out_dir / "config.json", to_json(record, 2))
+    if LEADER:
+        set_aside_results(out_dir, record)
+        write_text(out_dir / "config.json", to_json(record, 2))
     logger = Logger(run, record, f"{substrate.name}-{budget}", cache)
-    history, rows, evaluations = [], [], []
+    trainers, trained = {}, {}
     for seed in config.seeds:
         with clock.phase("training"):
-            trainer = train_sae(config, buffer, seed, cache.path(f"{name}/train-{seed}"),
-                                interrupts, logger.log)
-        record["alpha"] = trainer.alpha
-        trained = TrainedSAE(trainer.sae, buffer.scale)
-        export_sae(trained, out_dir / f"seed_{seed}", substrate, trainer.config)
-        parts = evaluate_seed(trained, material, buffer, seed, name, clock)
-        curves = [line for line in trainer.history if "loss" in line]
-        rows.append({"seed": seed, **flat_metrics(parts), "final_loss": curves[-1]["loss"]})
-        evaluations.append(parts)
-        history += trainer.history
-    info = collect(run, config, material, record, rows, evaluations, clock, out_dir)
+            trainers[seed] = train_sae(config, buffer, seed, cache.path(f"{name}/train-{seed}"),
+                                       interrupts, logger.log, team)
+        trained[seed] = TrainedSAE(trainers[seed].sae.cpu(), buffer.scale)
+        record["alpha"] = trainers[seed].alpha
+        if LEADER:
+            export_sae(trained[seed], out_dir / f"seed_{seed}", substrate, trainers[seed].config)
+    evaluations = evaluate_all(trained, material, buffer, name, clock)
+    if not LEADER:
+        return None
+    history = [line for trainer in trainers.values() for line in trainer.history]
+    info = collect(run, config, material, record, trainers, evaluations, clock, out_dir)
     write_text(out_dir / "history.jsonl", "".join(to_json(line) + "\n" for line in history))
     write_text(out_dir / "final_info.json", to_json(info, 1))
     update_notes(out_dir.resolve().parent / "notes.txt", run, info, cache)
@@ -3017,9 +3162,15 @@ def run_locked(out_dir: Path, run: str, budget: str, config: CustomSAEConfig, ca
     return info
 
 
-def collect(run: str, config: CustomSAEConfig, material: Material, record: dict, rows: list[dict],
-            evaluations: list[dict], clock: Clock, out_dir: Path) -> dict[str, Any]:
+def collect(run: str, config: CustomSAEConfig, material: Material, record: dict,
+            trainers: dict[int, CustomTrainer], by_seed: dict[int, dict], clock: Clock,
+            out_dir: Path) -> dict[str, Any]:
     """final_info.json: SAEBench's keys first, then the study's own."""
+    losses = {seed: [line["loss"] for line in trainer.history if "loss" in line]
+              for seed, trainer in trainers.items()}
+    rows = [{"seed": seed, **flat_metrics(parts), "final_loss": losses[seed][-1]}
+            for seed, parts in by_seed.items()]
+    evaluations = list(by_seed.values())
     numbers = [{key: value for key, value in row.items() if key != "seed"} for row in rows]
     means, stderrs = mean_and_stderr(numbers)
     probing = [parts["sparse_probing"] for parts in evaluations]
@@ -3086,9 +3237,10 @@ def main(arguments: list[str] | None = None) -> int:
     interrupts = Interrupts()
     try:
         interrupts.install()
-        info = run_experiment(out_dir, interrupts)
-        print(f"{info['run']} on {info['substrate']} ({info['budget']}), mean ± standard error of "
-              f"{len(info['seeds'])} seeds\n{summary_table(info)}\nwritten to {out_dir}")
+        info = run_experiment(out_dir, interrupts, Team())
+        if info:
+            print(f"{info['run']} on {info['substrate']} ({info['budget']}), mean ± standard error "
+                  f"of {len(info['seeds'])} seeds\n{summary_table(info)}\nwritten to {out_dir}")
         return 0
     except Interrupts.Stop:
         interrupts.waits = True  # a second signal must not cut the farewell short

@@ -42,7 +42,7 @@ def prepare() -> tuple[ex.Material, ex.ActivationBuffer]:
     substrate = ex.choose_substrate(os.environ.get("SAE_SUBSTRATE", "auto"), cache)
     substrate.fetch()
     config = ex.resolve_config("run_1", os.environ.get("SAE_BUDGET", "full"), Path())
-    material = ex.Material(substrate, config, cache, torch.device("cpu"))
+    material = ex.Material(substrate, config, cache, ex.Team())
     return material, material.activations()
 
 
@@ -52,7 +52,7 @@ def measure(config: ex.CustomSAEConfig, seed: int, material: ex.Material,
     key = ex.digest(config, material.causes, len(buffer), ex.TRAINING_CODE)
     name = f"{material.substrate.name}/runs/{key}"
     trainer = ex.train_sae(config, buffer, seed, material.cache.path(f"{name}/train-{seed}"),
-                           ex.Interrupts(), lambda line: None)
+                           ex.Interrupts(), lambda line: None, ex.Team())
     trained = ex.TrainedSAE(trainer.sae, buffer.scale)
     use = ex.feature_statistics(trained, buffer, config.frequency_tokens)
     result = ex.reconstruction_metrics(trained.sae, material.heldout_sample() / buffer.scale)

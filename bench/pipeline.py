@@ -119,13 +119,14 @@ def ours(request: dict[str, Any]) -> dict[str, Any]:
     substrate = LocalPythia(folder, json.loads((folder / "texts.json").read_text())["texts"])
 
     def run(name: str) -> tuple[float, float, ex.CustomTrainer]:
-        material = ex.Material(substrate, config, cache, torch.device("cpu"))
+        material = ex.Material(substrate, config, cache, ex.Team())
         if name == "first":
             assert material.lm is not None  # loaded before the clock starts
         start = time.perf_counter()
         buffer = material.activations()
         read = time.perf_counter() - start
-        trainer = ex.train_sae(config, buffer, 0, cache.root / name, ex.Interrupts(), [].append)
+        trainer = ex.train_sae(config, buffer, 0, cache.root / name, ex.Interrupts(), [].append,
+                               ex.Team())
         return time.perf_counter() - start, read, trainer
 
     seconds, activations, trainer = run("first")

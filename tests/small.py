@@ -4,7 +4,8 @@
 
 FOLDER is what `local_hub` made. At the CALL-th call of the function OF (a name in
 experiment.py, or `os.fsync`, which every file that is written goes through) EVENT happens: a
-signal by its name, or `vanish`, which removes the cache. OF may be `never`.
+signal by its name, or `vanish`, which removes the cache. OF may be `never`. Under torchrun it
+happens to the process SMALL_RANK.
 """
 
 import json
@@ -145,6 +146,6 @@ def at_call(event, call, of, patch=setattr):
 if __name__ == "__main__":
     hub, event, call, of, *arguments = sys.argv[1:]
     prepare(Path(hub))
-    if of != "never":
+    if of != "never" and os.environ.get("RANK", "0") == os.environ.get("SMALL_RANK", "0"):
         at_call(event, int(call), of)
     sys.exit(ex.main(arguments))

@@ -201,7 +201,7 @@ def tiny(tmp_path):
         group_size=8,
         expansion=4,
     )
-    return ex.Material(TinySubstrate(), config, ex.Cache(tmp_path), torch.device("cpu"))
+    return ex.Material(TinySubstrate(), config, ex.Cache(tmp_path), ex.Team())
 
 
 def test_buffer_carries_domains_and_half_precision(tiny):
@@ -218,7 +218,7 @@ def test_buffer_carries_domains_and_half_precision(tiny):
 
 def test_activations_come_from_the_cache_the_second_time(tiny, monkeypatch):
     first = tiny.activations(shard_tokens=256)
-    again = ex.Material(tiny.substrate, tiny.config, tiny.cache, tiny.device)
+    again = ex.Material(tiny.substrate, tiny.config, tiny.cache, tiny.team)
     monkeypatch.setattr(TinySubstrate, "load_model", lambda *_: pytest.fail("the model was run"))
     second = again.activations(shard_tokens=256)
     assert torch.equal(first.acts_ND, second.acts_ND)
@@ -232,7 +232,7 @@ def test_a_damaged_shard_is_rebuilt_alone(tiny):
     data = bytearray(shards[2].read_bytes())
     data[-5] ^= 1
     shards[2].write_bytes(bytes(data))
-    again = ex.Material(tiny.substrate, tiny.config, tiny.cache, tiny.device)
+    again = ex.Material(tiny.substrate, tiny.config, tiny.cache, tiny.team)
     assert torch.equal(again.activations(shard_tokens=256).acts_ND, first.acts_ND)
     after = [path.stat().st_mtime_ns for path in shards]
     assert [a == b for a, b in zip(times, after)].count(False) == 1
