@@ -47,6 +47,16 @@ def answer(tasks: dict[str, Any]) -> None:
     print(json.dumps(tasks[request["task"]](request)))
 
 
+def text_inputs(request: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Texts and tokenizer of the request's folder; the threads that it asks for are set."""
+    from transformers import PreTrainedTokenizerFast  # a check of exports needs none
+
+    folder = Path(request["folder"])
+    torch.set_num_threads(request["threads"])
+    return json.loads((folder / "texts.json").read_text()), PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), **request["special"])
+
+
 def differences(ours: dict[str, torch.Tensor], f_NF: torch.Tensor,
                 x_hat_ND: torch.Tensor) -> dict[str, float]:
     """Largest absolute differences of features and reconstruction, relative to the activations'

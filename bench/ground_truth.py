@@ -19,6 +19,7 @@ import math
 import statistics
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -130,40 +131,30 @@ def train(config: ex.CustomSAEConfig, buffer: ex.ActivationBuffer, seed: int) ->
     return trainer
 
 
-@torch.no_grad()
-def score(sae: ex.CustomSAE, world: World, scale: float, tokens: int = 16384) -> dict[str, float]:
-    """Compare an SAE with the truth on new tokens.
+class Rows(NamedTuple):
+    """An SAE's decoder rows beside the true features, on new tokens."""
 
-    recovery: mean over true features of the largest cosine with a decoder row that fires (1 is
-    best), for all and for parts of them; found: those above RECOVERED. correlation: of a true
-    feature's activation with that of its row. purity: of the rows of features of one domain, how
-    much of their activation is on it; separated: such features that are found, and more than
-    PURE. evenness: of the rows of general features, the smaller domain's part over a half. split:
-    general features with two rows of cosine > DUPLICATE_COSINE that serve one domain each, which
-    is how a use penalty cheats. style: over rows that serve domain 0 only, the activation on a
-    third text, which says nothing of domain 0 but is written like it, over that on domain 0.
-    kappa: of the different rows of a planted group.
+    cosine_TF: Tensor  # −1 where a row never fires
+    part_KF: Tensor  # how a row's activation divides over the domains
+    best_T: Tensor  # largest cosine of a true feature with a row
+    row_T: Tensor  # that row
+
+
+def recovered(rows: Rows, world: World) -> dict[str, float]:
+    """How well the truth is found, and how purely used: means over true features.
+
+    recovery: the largest cosine with a decoder row that fires (1 is best), for all and for parts of
+    them; found: those above RECOVERED. purity: of the rows of features of one domain, how much of
+    their activation is on it; separated: such features that are found, and more than PURE.
+    evenness: of the rows of general features, the smaller domain's part over a half. split: general
+    features with two rows of cosine > DUPLICATE_COSINE that serve one domain each, which is how a
+    use penalty cheats.
     """
-    z_ND, domain_N, a_NT = world.sample(tokens, "test")
-    z_ND = z_ND / scale
-    f_NF = sae.encode(z_ND)
-    use_KF = torch.stack([f_NF[domain_N == k].mean(0) for k in range(2)])
-    part_KF = use_KF / use_KF.sum(0).clamp(min=1e-12)
-    cosine_TF = (world.directions() @ sae.W_dec.T).masked_fill(use_KF.sum(0) == 0, -1)
-    best_T, row_T = cosine_TF.max(dim=1)
-    domain_T, general_T = world.domain_T, world.domain_T == GENERAL
-    found_T = best_T > RECOVERED
-    own_T = part_KF[domain_T.clamp(max=1), row_T]
-    separated_T = found_T & (own_T > PURE)
-    third_F = sae.encode(world.sample(tokens, "third", third=True)[0] / scale).mean(0)
-    style_F = (third_F / use_KF[0].clamp(min=1e-12)).clamp(max=1)[part_KF[0] > PURE]
-    close_TF = cosine_TF > ex.DUPLICATE_COSINE
+    best_T, part_KF, domain_T = rows.best_T, rows.part_KF, world.domain_T
+    general_T, found_T = domain_T == GENERAL, best_T > RECOVERED
+    own_T = part_KF[domain_T.clamp(max=1), rows.row_T]
+    close_TF = rows.cosine_TF > ex.DUPLICATE_COSINE
     split_T = (close_TF & (part_KF[0] > PURE)).any(1) & (close_TF & (part_KF[1] > PURE)).any(1)
-    kappa_G = torch.cat([ex.condition_numbers(sae.W_dec, row_M.unique()[None])
-                         for row_M in row_T.view(-1, world.group_size)])
-    centred = a_NT - a_NT.mean(0), f_NF[:, row_T] - f_NF[:, row_T].mean(0)
-    correlation_T = nn.functional.cosine_similarity(*centred, dim=0)
-    metrics = ex.reconstruction_metrics(sae, z_ND)
     return {
         "recovery": float(best_T.mean()),
         "sharing": float(best_T[world.sharing_T].mean()),
@@ -171,11 +162,37 @@ def score(sae: ex.CustomSAE, world: World, scale: float, tokens: int = 16384) ->
         "specific": float(best_T[~general_T].mean()),
         "general": float(best_T[general_T].mean()),
         "found": float(found_T.float().mean()),
-        "correlation": float(correlation_T.mean()),
         "purity": float(own_T[~general_T].mean()),
-        "separated": float(separated_T[~general_T].float().mean()),
-        "evenness": float(2 * part_KF.min(0).values[row_T][general_T].mean()),
-        "split": float((split_T & general_T).sum()), "style": float(style_F.mean()),
+        "separated": float((found_T & (own_T > PURE))[~general_T].float().mean()),
+        "evenness": float(2 * part_KF.min(0).values[rows.row_T][general_T].mean()),
+        "split": float((split_T & general_T).sum()),
+    }
+
+
+@torch.no_grad()
+def score(sae: ex.CustomSAE, world: World, scale: float, tokens: int = 16384) -> dict[str, float]:
+    """Compare an SAE with the truth on new tokens: `recovered`, and
+
+    correlation: of a true feature's activation with that of its row. style: over rows that serve
+    domain 0 only, the activation on a third text, which says nothing of domain 0 but is written
+    like it, over that on domain 0. kappa: of the different rows of a planted group.
+    """
+    z_ND, domain_N, a_NT = world.sample(tokens, "test")
+    z_ND = z_ND / scale
+    f_NF = sae.encode(z_ND)
+    use_KF = torch.stack([f_NF[domain_N == k].mean(0) for k in range(2)])
+    cosine_TF = (world.directions() @ sae.W_dec.T).masked_fill(use_KF.sum(0) == 0, -1)
+    rows = Rows(cosine_TF, use_KF / use_KF.sum(0).clamp(min=1e-12), *cosine_TF.max(dim=1))
+    third_F = sae.encode(world.sample(tokens, "third", third=True)[0] / scale).mean(0)
+    style_F = (third_F / use_KF[0].clamp(min=1e-12)).clamp(max=1)[rows.part_KF[0] > PURE]
+    kappa_G = torch.cat([ex.condition_numbers(sae.W_dec, row_M.unique()[None])
+                         for row_M in rows.row_T.view(-1, world.group_size)])
+    centred = a_NT - a_NT.mean(0), f_NF[:, rows.row_T] - f_NF[:, rows.row_T].mean(0)
+    metrics = ex.reconstruction_metrics(sae, z_ND)
+    return {
+        **recovered(rows, world),
+        "correlation": float(nn.functional.cosine_similarity(*centred, dim=0).mean()),
+        "style": float(style_F.mean()),
         "explained_variance": metrics["explained_variance"], "l0": metrics["l0"],
         "frac_alive": metrics["frac_alive"],
         "kappa_median": float(kappa_G.median()), "kappa_p90": float(kappa_G.quantile(0.9)),

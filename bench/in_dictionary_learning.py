@@ -1,10 +1,8 @@
 """dictionary_learning's side: loads our export, evaluates it, and trains from text to SAE."""
 
 import itertools
-import json
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +11,8 @@ from dictionary_learning.evaluation import evaluate
 from dictionary_learning.trainers.standard import StandardTrainer
 from dictionary_learning.training import trainSAE
 from dictionary_learning.utils import load_dictionary
-from exchange import answer, differences
+from exchange import answer, differences, text_inputs
 from nnsight import LanguageModel
-from transformers import PreTrainedTokenizerFast
 
 
 @torch.no_grad()
@@ -34,12 +31,8 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
 
 def pipeline(request: dict[str, Any]) -> dict[str, Any]:
     """Seconds from text in memory to a trained SAE; the language model is loaded before."""
-    folder = Path(request["folder"])
-    stored = json.loads((folder / "texts.json").read_text())
-    torch.set_num_threads(request["threads"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"),
-                                        **request["special"])
-    model = LanguageModel(str(folder), tokenizer=tokenizer, device_map="cpu", dispatch=True,
+    stored, tokenizer = text_inputs(request)
+    model = LanguageModel(request["folder"], tokenizer=tokenizer, device_map="cpu", dispatch=True,
                           torch_dtype=torch.float32)
     steps = request["tokens"] // request["batch_size"]
     trainer = dict(trainer=StandardTrainer, steps=steps, activation_dim=request["d_in"],

@@ -1,13 +1,12 @@
 """SAELens' side: loads our export, applies its own metrics, and trains from text to SAE."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from exchange import Replay, answer, differences
+from exchange import Replay, answer, differences, text_inputs
 from sae_lens import (
     SAE,
     LanguageModelSAERunnerConfig,
@@ -19,7 +18,7 @@ from sae_lens import (
 from sae_lens.evals import get_sparsity_and_variance_metrics
 from sae_lens.load_model import HookedProxyLM
 from sae_lens.training.activation_scaler import ActivationScaler
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 
 @torch.no_grad()
@@ -40,12 +39,8 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
 
 def pipeline(request: dict[str, Any]) -> dict[str, Any]:
     """Seconds from text in memory to a trained SAE; the language model is loaded before."""
-    folder = Path(request["folder"])
-    stored = json.loads((folder / "texts.json").read_text())
-    torch.set_num_threads(request["threads"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"),
-                                        **request["special"])
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    stored, tokenizer = text_inputs(request)
+    network = AutoModelForCausalLM.from_pretrained(request["folder"], dtype=torch.float32).eval()
     hook = f"gpt_neox.layers.{request['layer']}"
     model = HookedProxyLM(network, tokenizer, hook_names=[hook])
     texts = Dataset.from_dict({"text": stored["texts"]})
