@@ -1453,7 +1453,7 @@ class SparseAutoencode(torch.autograd.Function):
         active = value_N > 0
         row_N, column_N, value_N = row_N[active], column_N[active], value_N[active]
         start_B = row_starts(row_N, shape[0])
-        z_hat_BD = torch.addmm(b_dec_D, csr(start_B, column_N, value_N, shape), W_dec_FD)
+        z_hat_BD = sparse_product(csr(start_B, column_N, value_N, shape), W_dec_FD).add_(b_dec_D)
         ctx.save_for_backward(centred_BD, W_enc_FD, W_dec_FD, start_B, column_N, value_N)
         ctx.mark_non_differentiable(row_N, column_N)
         return z_hat_BD, value_N, row_N, column_N
@@ -1468,8 +1468,8 @@ class SparseAutoencode(torch.autograd.Function):
         grad_N = grad_N + grad_value_N
         # both weight gradients need the transpose, whose pattern is the same: move it once
         start_F, row_N, order = transposed(start_B, column_N, F)
-        grad_W_dec_FD = csr(start_F, row_N, value_N[order], (F, B)) @ grad_z_hat_BD
-        grad_W_enc_FD = csr(start_F, row_N, grad_N[order], (F, B)) @ centred_BD
+        grad_W_dec_FD = sparse_product(csr(start_F, row_N, value_N[order], (F, B)), grad_z_hat_BD)
+        grad_W_enc_FD = sparse_product(csr(start_F, row_N, grad_N[order], (F, B)), centred_BD)
         grad_b_enc_F = torch.zeros_like(W_dec_FD[:, 0]).index_add_(0, column_N, grad_N)
         grad_b_dec_D = grad_z_hat_BD.sum(0) - grad_b_enc_F @ W_enc_FD
         return None, grad_W_enc_FD, grad_b_enc_F, grad_W_dec_FD, grad_b_dec_D, None
@@ -1483,20 +1483,22 @@ def candidates(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, screen: str,
     products, rounds both factors to steps s = max|·|/127 (one for x, one for each w), which errs
     with σ² = (s_x²‖w‖² + s_w²‖x‖²)/12; the threshold is six σ lower. Before that, dimensions are
     rescaled so that both factors have about the same outliers in each (the residual stream has
-    some of fifty times the usual size; the idea of SmoothQuant, Xiao et al. 2023). `rows` at a
-    time: the products stay in the processor's cache.
+    some of fifty times the usual size; the idea of SmoothQuant, Xiao et al. 2023); any scale is
+    right, so a sample of the rows serves. `rows` at a time: the products stay in the
+    processor's cache.
     """
     limit_F = -b_F - 1e-5  # roundings differ between dense and sampled products
     multiply = torch.mm
     if screen == "int8":
-        balance_D = (x_BD.abs().amax(0) / W_FD.abs().amax(0).clamp(min=1e-9)).sqrt()
+        balance_D = (largest(x_BD[::8], 0) / largest(W_FD[::8], 0).clamp(min=1e-9)).sqrt()
         balance_D.clamp_(min=1e-9)
         x_BD, W_FD = x_BD / balance_D, W_FD * balance_D
-        step_x = (x_BD.abs().max() / 127).clamp(min=1e-12)
-        step_F = W_FD.abs().amax(1).clamp(min=1e-12) / 127
-        longest = x_BD.square().sum(1).max()
-        sigma_F = ((step_x**2 * W_FD.square().sum(1) + step_F**2 * longest) / 12).sqrt()
-        limit_F = ((limit_F - 6 * sigma_F) / (step_x * step_F)).clamp_(-(2.0**30), 2.0**30)
+        step_x = (largest(x_BD, 1).max() / 127).clamp(min=1e-12)
+        step_F = largest(W_FD, 1).clamp_(min=1e-12) / 127
+        longest = torch.linalg.vector_norm(x_BD, dim=1).max()
+        sigma_F = torch.hypot(step_x * torch.linalg.vector_norm(W_FD, dim=1), step_F * longest)
+        limit_F -= 6 * sigma_F / math.sqrt(12)
+        limit_F = (limit_F / (step_x * step_F)).clamp_(-(2.0**30), 2.0**30)
         limit_F = limit_F.floor().to(torch.int32)
         x_BD = x_BD.div_(step_x).round_().to(torch.int8)
         W_FD = W_FD.div_(step_F[:, None]).round_().to(torch.int8)
@@ -1507,9 +1509,15 @@ def candidates(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, screen: str,
         part = x_BD[start : start + rows]
         product = product_CF[: len(part)]
         multiply(part, W_FD.T, out=product)
-        found.append(np.flatnonzero((product > limit_F).numpy()) + start * len(W_FD))
+        above = np.greater(product.numpy(), limit_F.numpy())  # three times as fast as torch.gt
+        found.append(np.flatnonzero(above) + start * len(W_FD))
     row, column = np.divmod(np.concatenate(found), len(W_FD))
     return torch.from_numpy(row), torch.from_numpy(column)
+
+
+def largest(x_BD: Tensor, dim: int) -> Tensor:
+    """Largest magnitude along a dimension, without a copy of all magnitudes."""
+    return torch.maximum(x_BD.amax(dim), -x_BD.amin(dim))
 
 
 def faster_screen() -> str:
@@ -1537,6 +1545,12 @@ def transposed(start_B: Tensor, column_N: Tensor, F: int) -> tuple[Tensor, Tenso
 
 def csr(start: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:
     return torch.sparse_csr_tensor(start, column, value, shape, check_invariants=False)
+
+
+def sparse_product(sparse: Tensor, dense: Tensor) -> Tensor:
+    """Sparse times dense; `@` would fill its result with zeros first and copy it last."""
+    out = dense.new_empty(len(sparse), dense.shape[1])
+    return torch.addmm(out, sparse, dense, beta=0, out=out)
 
 
 class CustomSAE(nn.Module):
@@ -1607,7 +1621,7 @@ class CustomSAE(nn.Module):
     @torch.no_grad()
     def remove_parallel_gradient_(self) -> None:
         """Leave only the part of the gradient that turns a decoder row, not what lengthens it."""
-        along_F = torch.linalg.vecdot(self.W_dec.grad, self.W_dec)
+        along_F = torch.bmm(self.W_dec.grad[:, None], self.W_dec[:, :, None]).flatten()
         self.W_dec.grad.addcmul_(self.W_dec, along_F[:, None], value=-1)
 
     @torch.no_grad()
