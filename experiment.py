@@ -2878,36 +2878,50 @@ accuracies are 0.5, that is chance; it is no competitor. References are run_8 an
 
 
 class Logger:
-    """wandb if it works, silently nothing if it does not: logging never costs a run."""
+    """wandb if it works, one line if it does not: logging never costs a run.
+
+    Each line of the history has a wandb step of its own, so that a repeated run, which has the same
+    id, logs none twice: online wandb refuses old steps, offline a file in the cache knows them.
+    """
 
     def __init__(self, run: str, config: dict[str, Any], substrate: str, cache: Cache):
         signed_in = os.environ.get("WANDB_API_KEY") or requests.utils.get_netrc_auth(
             os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
         )
         mode = os.environ.get("WANDB_MODE") or ("online" if signed_in else "offline")
-        self.run = None
+        self.run, self.config, self.next = None, config, 0
         try:
             self.run = wandb.init(
                 project="adaptive-orthogonal-sae", name=run, group=substrate, config=config,
-                id=digest(run, config, substrate), resume="allow", mode=mode,
-                dir=str(cache.root), settings=wandb.Settings(silent=True, console="off"),
+                id=digest(run, config, substrate), resume="allow", mode=mode, dir=str(cache.root),
+                settings=wandb.Settings(silent=True, console="off", disable_git=True,
+                                        login_timeout=20, init_timeout=20, finish_timeout=20),
             )
+            self.run.define_metric("*", step_metric="tokens")
+            self.mark = cache.root / "wandb" / f"offline-{self.run.id}.step"
+            if self.run.offline and self.mark.exists():
+                self.next = int(self.mark.read_text())
         except Exception as error:  # noqa: BLE001 - whatever it is, the run matters more
-            say(f"wandb is off: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+            say(f"wandb is off: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
 
-    def log(self, values: dict[str, Any]) -> None:
-        if self.run is None:
-            return
-        seed = values["seed"]
-        with contextlib.suppress(Exception):
-            self.run.log({f"seed_{seed}/{key}": value for key, value in values.items()})
+    def log(self, line: dict[str, Any]) -> None:
+        place = 2 * self.config["seeds"].index(line["seed"]) + ("loss" not in line)  # see caller
+        step = place * (self.config["steps"] + 1) + line["step"]
+        if self.run is not None and step >= self.next:
+            with contextlib.suppress(Exception):
+                curves = line.keys() - {"seed", "tokens"}
+                values = {f"seed_{line['seed']}/{key}": line[key] for key in curves}
+                self.run.log({"tokens": line["tokens"], **values}, step=step)
+                self.next = step + 1
+                if self.run.offline:
+                    write_text(self.mark, str(self.next))
 
-    def finish(self, means: dict[str, Any]) -> None:
-        if self.run is None:
-            return
-        with contextlib.suppress(Exception):
-            self.run.summary.update(means)
-            self.run.finish(quiet=True)
+    def finish(self, info: dict[str, Any]) -> None:
+        if self.run is not None:
+            with contextlib.suppress(Exception):
+                self.run.summary.update(info["means"])
+                self.run.log({"results": wandb.Html(f"<pre>{summary_table(info)}</pre>")})
+                self.run.finish()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3001,6 +3015,8 @@ def run_locked(out_dir: Path, run: str, budget: str, config: CustomSAEConfig, ca
         with clock.phase("training"):
             trainer = train_sae(config, buffer, seed, cache.path(f"{name}/train-{seed}"),
                                 interrupts, logger.log)
+        for line in sorted(trainer.history, key=lambda line: "loss" not in line):
+            logger.log(line)  # what an earlier process trained, and the groupings after the rest
         record["alpha"] = trainer.alpha
         trained = TrainedSAE(trainer.sae, buffer.scale)
         export_sae(trained, out_dir / f"seed_{seed}", substrate, trainer.config)
@@ -3013,7 +3029,7 @@ def run_locked(out_dir: Path, run: str, budget: str, config: CustomSAEConfig, ca
     write_text(out_dir / "history.jsonl", "".join(to_json(line) + "\n" for line in history))
     write_text(out_dir / "final_info.json", to_json(info, 1))
     update_notes(out_dir.resolve().parent / "notes.txt", run, info, cache)
-    logger.finish(info["means"])
+    logger.finish(info)
     return info
 
 
@@ -3065,6 +3081,7 @@ environment variables:
 
 def quiet_libraries() -> None:
     """Silence what a user cannot act on; errors still come through."""
+    os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     transformers.utils.logging.set_verbosity_error()
@@ -3094,12 +3111,10 @@ def main(arguments: list[str] | None = None) -> int:
         interrupts.waits = True  # a second signal must not cut the farewell short
         say(f"stopped; `python experiment.py --out_dir={out_dir}` continues where this left off")
         return 128 + interrupts.signal
-    except UserError as error:
+    except (UserError, SafetensorError) as error:  # transformers writes the unpacked model itself
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         print(f"error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
-    except SafetensorError as error:  # transformers writes the unpacked model itself
-        print(f"error: {error}", file=sys.stderr)
     return 1
 
 
