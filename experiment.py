@@ -2829,7 +2829,7 @@ HEADLINES = (
     ("kappa_max", "κ max", ""), ("duplicates", "duplicates across domains", "pairs"),
     ("unlearning_area", "unlearning area", "nats, primary"),
     ("unlearning_area_labelled", "area, retain text alone", "nats"),
-    ("forget_rise_at_0.05", "forget rise at retain 0.05", "nats"),
+    ("forget_rise_at_0.05", "forget rise at cost 0.05", "nats"),
     ("unlearning_score", "unlearning score", ""), ("accuracy_area", "accuracy area", ""),
     ("sae_top_1_test_accuracy", "probe k=1", ""), ("sae_top_5_test_accuracy", "probe k=5", ""),
     ("sae_test_accuracy", "probe, all", ""), ("llm_test_accuracy", "probe, residual, all", ""),
@@ -2886,8 +2886,7 @@ class Logger:
 
     def __init__(self, run: str, config: dict[str, Any], substrate: str, cache: Cache):
         signed_in = os.environ.get("WANDB_API_KEY") or requests.utils.get_netrc_auth(
-            os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-        )
+            os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
         mode = os.environ.get("WANDB_MODE") or ("online" if signed_in else "offline")
         self.run, self.config, self.next = None, config, 0
         try:
@@ -3068,8 +3067,9 @@ def collect(run: str, config: CustomSAEConfig, material: Material, record: dict,
 # Main
 # ------------------------------------------------------------------------------------------------
 
-HELP = "rows of the run table (the last part of --out_dir selects one):\n" + "\n".join(
-    f"  {name:7s} {PURPOSE[name]}" for name in RUNS
+HELP = "the last part of --out_dir selects a row:\n  run     mode           α\n" + "\n".join(
+    f"  {name:7s} {row['orthogonality']:10s} {row.get('alpha', 'best'):>5}  {PURPOSE[name]}"
+    for name, row in RUNS.items()
 ) + """
 
 environment variables:
