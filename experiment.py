@@ -2979,7 +2979,7 @@ HEADLINES = (
     ("kappa_max", "κ max", ""), ("duplicates", "duplicates across domains", "pairs"),
     ("unlearning_area", "unlearning area", "nats, primary"),
     ("unlearning_area_labelled", "area, retain text alone", "nats"),
-    ("forget_rise_at_0.05", "forget rise at retain 0.05", "nats"),
+    ("forget_rise_at_0.05", "forget rise at cost 0.05", "nats"),
     ("unlearning_score", "unlearning score", ""), ("accuracy_area", "accuracy area", ""),
     ("sae_top_1_test_accuracy", "probe k=1", ""), ("sae_top_5_test_accuracy", "probe k=5", ""),
     ("sae_test_accuracy", "probe, all", ""), ("llm_test_accuracy", "probe, residual, all", ""),
@@ -3028,38 +3028,51 @@ accuracies are 0.5, that is chance; it is no competitor. References are run_8 an
 
 
 class Logger:
-    """wandb if it works, silently nothing if it does not: logging never costs a run."""
+    """wandb if it works, one line if it does not: logging never costs a run.
+
+    Each line of the history has a wandb step of its own, so that a repeated run, which has the same
+    id, logs none twice: online wandb refuses old steps, offline a file in the cache knows them.
+    """
 
     def __init__(self, run: str, config: dict[str, Any], substrate: str, cache: Cache):
-        self.run = None
+        self.run, self.config, self.next = None, config, 0
         if not LEADER:
             return
         signed_in = os.environ.get("WANDB_API_KEY") or requests.utils.get_netrc_auth(
-            os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-        )
+            os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
         mode = os.environ.get("WANDB_MODE") or ("online" if signed_in else "offline")
         try:
             self.run = wandb.init(
                 project="adaptive-orthogonal-sae", name=run, group=substrate, config=config,
-                id=digest(run, config, substrate), resume="allow", mode=mode,
-                dir=str(cache.root), settings=wandb.Settings(silent=True, console="off"),
+                id=digest(run, config, substrate), resume="allow", mode=mode, dir=str(cache.root),
+                settings=wandb.Settings(silent=True, console="off", disable_git=True,
+                                        login_timeout=20, init_timeout=20, finish_timeout=20),
             )
+            self.run.define_metric("*", step_metric="tokens")
+            self.mark = cache.root / "wandb" / f"offline-{self.run.id}.step"
+            if self.run.offline and self.mark.exists():
+                self.next = int(self.mark.read_text())
         except Exception as error:  # noqa: BLE001 - whatever it is, the run matters more
-            say(f"wandb is off: {type(error).__name__}: {str(error).splitlines()[0][:120]}")
+            say(f"wandb is off: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
 
-    def log(self, values: dict[str, Any]) -> None:
-        if self.run is None:
-            return
-        seed = values["seed"]
-        with contextlib.suppress(Exception):
-            self.run.log({f"seed_{seed}/{key}": value for key, value in values.items()})
+    def log(self, line: dict[str, Any]) -> None:
+        place = 2 * self.config["seeds"].index(line["seed"]) + ("loss" not in line)  # see caller
+        step = place * (self.config["steps"] + 1) + line["step"]
+        if self.run is not None and step >= self.next:
+            with contextlib.suppress(Exception):
+                curves = line.keys() - {"seed", "tokens"}
+                values = {f"seed_{line['seed']}/{key}": line[key] for key in curves}
+                self.run.log({"tokens": line["tokens"], **values}, step=step)
+                self.next = step + 1
+                if self.run.offline:
+                    write_text(self.mark, str(self.next))
 
-    def finish(self, means: dict[str, Any]) -> None:
-        if self.run is None:
-            return
-        with contextlib.suppress(Exception):
-            self.run.summary.update(means)
-            self.run.finish(quiet=True)
+    def finish(self, info: dict[str, Any]) -> None:
+        if self.run is not None:
+            with contextlib.suppress(Exception):
+                self.run.summary.update(info["means"])
+                self.run.log({"results": wandb.Html(f"<pre>{summary_table(info)}</pre>")})
+                self.run.finish()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3163,6 +3176,8 @@ def run_locked(out_dir: Path, run: str, budget: str, config: CustomSAEConfig, ca
         with clock.phase("training"):
             trainers[seed] = train_sae(config, buffer, seed, cache.path(f"{name}/train-{seed}"),
                                        interrupts, logger.log, team)
+        for line in sorted(trainers[seed].history, key=lambda line: "loss" not in line):
+            logger.log(line)  # what an earlier process trained, and the groupings after the rest
         trained[seed] = TrainedSAE(trainers[seed].sae.cpu(), buffer.scale)
         record["alpha"] = trainers[seed].alpha
         if LEADER:
@@ -3175,7 +3190,7 @@ def run_locked(out_dir: Path, run: str, budget: str, config: CustomSAEConfig, ca
     write_text(out_dir / "history.jsonl", "".join(to_json(line) + "\n" for line in history))
     write_text(out_dir / "final_info.json", to_json(info, 1))
     update_notes(out_dir.resolve().parent / "notes.txt", run, info, cache)
-    logger.finish(info["means"])
+    logger.finish(info)
     return info
 
 
@@ -3220,8 +3235,9 @@ def collect(run: str, config: CustomSAEConfig, material: Material, record: dict,
 # Main
 # ------------------------------------------------------------------------------------------------
 
-HELP = "rows of the run table (the last part of --out_dir selects one):\n" + "\n".join(
-    f"  {name:7s} {PURPOSE[name]}" for name in RUNS
+HELP = "the last part of --out_dir selects a row:\n  run     mode           α\n" + "\n".join(
+    f"  {name:7s} {row['orthogonality']:10s} {row.get('alpha', 'best'):>5}  {PURPOSE[name]}"
+    for name, row in RUNS.items()
 ) + """
 
 environment variables:
@@ -3233,6 +3249,7 @@ environment variables:
 
 def quiet_libraries() -> None:
     """Silence what a user cannot act on; errors still come through."""
+    os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     transformers.utils.logging.set_verbosity_error()
@@ -3263,12 +3280,10 @@ def main(arguments: list[str] | None = None) -> int:
         interrupts.waits = True  # a second signal must not cut the farewell short
         say(f"stopped; `python experiment.py --out_dir={out_dir}` continues where this left off")
         return 128 + interrupts.signal
-    except UserError as error:
+    except (UserError, SafetensorError) as error:  # transformers writes the unpacked model itself
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         print(f"error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
-    except SafetensorError as error:  # transformers writes the unpacked model itself
-        print(f"error: {error}", file=sys.stderr)
     return 1
 
 

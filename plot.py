@@ -21,6 +21,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
 
 # What is drawn, in this order, and how legends name it. Any other folder is left out.
 labels = {
@@ -326,7 +327,7 @@ def reference(ax: Axes, where: float, label: str, axis: str = "y", dash: object 
 
 def random_kappa(ax: Axes, runs: list[Run], axis: str = "y") -> None:
     values = [value for run in runs if math.isfinite(value := run.stat("kappa_random")[0])]
-    reference(ax, np.mean(values) if values else math.nan, "κ of random vectors", axis)
+    reference(ax, np.mean(values) if values else math.nan, "κ of random vectors", axis, "-.")
 
 
 def finish(ax: Axes, xlabel: str, ylabel: str, floor: float = math.nan) -> bool:
@@ -384,7 +385,8 @@ def bar_panel(ax: Axes, runs: list[Run], stats: list[tuple[float, float]], title
     for row, (run, (mean, stderr)) in enumerate(zip(runs, stats)):
         ax.barh(row + offset, mean, xerr=stderr, capsize=2.5,
                 **{"height": 0.72, "color": COLOURS[run.name], "ecolor": "black", **look})
-        ax.annotate(show(mean), (max(np.nansum([mean, stderr]), 0), row + offset), (4, 0),
+        form = ".3f" if abs(mean) < 0.095 else ".2f"  # two digits that say something
+        ax.annotate(show(mean, form), (max(np.nansum([mean, stderr]), 0), row + offset), (4, 0),
                     textcoords="offset points", va="center", fontsize=7.5,
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 0})
         if run.name == OFF and not offset:
@@ -416,9 +418,10 @@ def probing_panel(ax: Axes, runs: list[Run]) -> None:
     """Probe accuracy over the number of features a probe may use; the bare model as reference."""
     keys = [f"_top_{k}_test_accuracy" for k in K_VALUES[:-1]] + ["_test_accuracy"]
     x = np.arange(len(keys))
+    apart = min(0.05, 0.25 / len(runs))  # side by side, or error bars hide each other
     for i, run in enumerate(runs):
         mean, stderr = np.transpose([run.stat("sae" + key) for key in keys])
-        shift = 0.05 * (i - (len(runs) - 1) / 2)  # side by side, or error bars hide each other
+        shift = apart * (i - (len(runs) - 1) / 2)
         draw_points(ax, run, x + shift, mean, yerr=stderr, linestyle=DASHES[run.name], linewidth=1)
     model = np.array([[run.stat("llm" + key)[0] for key in keys] for run in runs])
     for line in model[np.isfinite(model).any(1)][:1]:  # the model is the same in every run
@@ -435,7 +438,7 @@ def fidelity_panel(ax: Axes, runs: list[Run], key: str, ylabel: str) -> None:
         (x, xerr), (y, yerr) = run.stat("l0"), run.stat(key)
         draw_points(ax, run, x, y, xerr=xerr, yerr=yerr, markersize=7)
     for target in {run.config("target_l0") for run in runs}:
-        reference(ax, target, "target L0", "x")
+        reference(ax, target, "target L0", "x", (0, (5, 1, 1, 1, 1, 1)))
         ax.axvspan(0.95 * target, 1.05 * target, color="#F3F3F3", zorder=0)
     finish(ax, "L0 (features a token; target ± 5 % shaded)", ylabel)
 
@@ -536,7 +539,8 @@ def sweep(runs: list[Run], title: str, names: tuple[str, ...], key: str, xlabel:
     finish(axes[2], xlabel, "explained variance")
     sweep_panel(axes[3], runs, swept, "sae_top_5_test_accuracy", "full")
     finish(axes[3], xlabel, "top-5 probe accuracy (chance 0.5)", 0.5)
-    return add_legend(fig, [*swept.values(), *(r for r in runs if r.name in (OFF, FIXED))])
+    bands = [run for run in runs if swept and run.name in (OFF, FIXED)]
+    return add_legend(fig, [*swept.values(), *bands])
 
 
 def alpha_sweep(runs: list[Run]) -> Figure:
@@ -554,14 +558,16 @@ def condition_numbers(runs: list[Run]) -> Figure:
     kappa_panel(axes[0], runs)
     for i, run in enumerate(runs):
         draw_line(axes[1], run, *curve(run, "kappa_median"))
-        if quartiles := run.quartiles():
-            mean, stderr = mean_stderr(quartiles)
+        if found := run.quartiles():
+            mean, stderr = mean_stderr(found)
             draw_points(axes[2], run, np.arange(4) + 0.03 * (i - (len(runs) - 1) / 2), mean,
                         yerr=stderr, linestyle=DASHES[run.name], linewidth=1)
     axes[2].set_xticks(range(4), ["least", "2nd", "3rd", "most"])
     axes[1].set_xlim(left=0)
-    for ax, xlabel in zip(axes[1:], (TOKENS, "groups by co-activation (quartiles)")):
-        if finish(ax, xlabel, "median κ of groups", 1):
+    quartiles = "groups by co-activation (quartiles)"
+    for ax, xlabel, groups in ((axes[1], TOKENS, "formed in training"),
+                               (axes[2], quartiles, "of held-out text")):
+        if finish(ax, xlabel, f"median κ, groups {groups}", 1):
             random_kappa(ax, runs)
     return add_legend(fig, runs)
 
@@ -583,28 +589,36 @@ def training_curves(runs: list[Run]) -> Figure:
     fig, axes = new_figure(runs, "Training curves", "ABC;DEF", (13, 7))
     logged = {key for run in runs for row in run.history for key in row}
     fit = "explained_variance" if "explained_variance" in logged else "fit"
-    names = {"loss": "training loss", "l0": "L0 (active features a token, log scale)",
-             fit: fit.replace("_", " "), "l_dir": "L_dir (direction)", "l_use": "L_use (use)",
-             "lambda": "sparsity penalty λ"}
+    names = {"loss": "training loss (terms differ between runs)",
+             "l0": "L0 (active features a token, log scale)",
+             fit: "explained variance" if fit != "fit" else "fit: mean ‖z - ẑ‖ of normalised z",
+             "l_dir": "L_dir, weighted as in the run's loss",
+             "l_use": "L_use, weighted as in the run's loss", "lambda": "sparsity penalty λ"}
     for ax, (key, name) in zip(axes, names.items()):
         for run in runs:
-            draw_line(ax, run, *curve(run, key))
+            tokens, mean, stderr = curve(run, key)
+            if np.any(mean):  # a term that is 0 throughout is not in the run's loss, nor measured
+                draw_line(ax, run, tokens, mean, stderr)
         if key == "l0":
             ax.set_yscale("log")
+            ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 4, 5, 7)), major_formatter="{x:g}")
+            ax.minorticks_off()
         ax.set_xlim(left=0)
         drawn = finish(ax, TOKENS, name, math.nan if key in ("l0", "l_dir") else 0)
         for target in {run.config("target_l0") for run in runs if drawn and key == "l0"}:
-            reference(ax, target, "target L0")
+            reference(ax, target, "target L0", dash=(0, (5, 1, 1, 1, 1, 1)))
         for d_in, d_sae in {(run.config("d_in"), run.config("d_sae")) for run in runs
                             if drawn and key == "l_dir"}:
-            reference(ax, 1 - d_in / (d_sae or math.nan), "Welch floor, 1 - D/F", dash="--")
+            reference(ax, 1 - d_in / (d_sae or math.nan),
+                      "Welch floor, 1 - D/F\n(of equal weights)", dash="--")
     return add_legend(fig, runs)
 
 
 def overview(runs: list[Run]) -> Figure:
     """One page: the key panels under their legend, and the summary table below them."""
-    fig, (top, *axes, bottom) = new_figure(runs, "Overview", "LLL;ABC;DEF;TTT", (13, 11.5),
-                                           height_ratios=(0.25, 1, 1, 0.9))
+    rows = 0.3 * (len(runs) + 2)  # inches of table
+    fig, (top, *axes, bottom) = new_figure(runs, "Overview", "LLL;ABC;DEF;TTT", (13, 9.5 + rows),
+                                           height_ratios=(0.9, 3.8, 3.8, rows))
     frontier_panel(axes[0], runs)
     bar_panel(axes[1], runs, [run.stat("unlearning_area") for run in runs], "",
               "unlearning area (nats)")

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -113,6 +114,26 @@ def prepare(folder, patch=setattr):
         (ex, "THRESHOLDS", (0.01, 0.9)),
     ):
         patch(owner, name, value)
+
+
+def child(hub, folder, event="x", call=0, of="never", **environment):
+    """The job in a process of its own, with `folder` as the working directory."""
+    environment = {
+        "SAE_SUBSTRATE": "pythia",
+        "SAE_BUDGET": "smoke",
+        "SAE_CACHE_DIR": str(folder / "cache"),
+        "WANDB_MODE": "disabled",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        **environment,
+    }
+    return subprocess.run(
+        [sys.executable, __file__, str(hub), event, str(call), of, "--out_dir=run_1"],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 def happen(event):

@@ -112,6 +112,19 @@ def test_plot_draws_the_run(study):
     assert (folder / "figures" / "overview.png").stat().st_size > 10_000
 
 
+def test_help_lists_rows_and_variables():
+    done = subprocess.run(
+        [sys.executable, ROOT / "experiment.py", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("  run_")]
+    assert [row[0] for row in rows] == list(ex.RUNS)
+    assert [row[2] for row in rows] == [str(row.get("alpha", "best")) for row in ex.RUNS.values()]
+    for name in ("SAE_SUBSTRATE", "SAE_BUDGET", "SAE_CACHE_DIR", "WANDB_MODE"):
+        assert f"  {name} " in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
 def one_line_error(done):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0

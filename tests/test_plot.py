@@ -469,3 +469,37 @@ def test_what_was_not_recorded_is_said_in_its_panel(tmp_path):
 def test_every_run_has_its_own_colour_and_marker():
     assert list(plot.labels) == list(plot.COLOURS) == list(plot.MARKERS) == list(ROWS)
     assert len(set(plot.COLOURS.values())) == len(set(plot.MARKERS.values())) == len(ROWS)
+
+
+def test_a_term_that_a_run_lacks_is_not_drawn_as_zero(tmp_path):
+    """`off` logs L_dir and L_use as 0, which would look like the best of all, below the floor."""
+    fabricate(tmp_path, "run_7")
+    fabricate(tmp_path, "run_8")
+    path = tmp_path / "run_8" / "history.jsonl"
+    rows = [{**json.loads(line), "l_dir": 0.0, "l_use": 0.0} for line in path.open()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    panels = {ax.get_ylabel().split(",")[0]: ax for ax in drawn(tmp_path, plot.training_curves)}
+    colours = {
+        name: {line.get_color() for line in panels[name].lines} & set(plot.COLOURS.values())
+        for name in ("L_dir", "L_use", "sparsity penalty λ")
+    }
+    assert colours["L_dir"] == {plot.COLOURS["run_7"]}
+    assert plot.COLOURS["run_8"] not in colours["L_use"]
+    assert colours["sparsity penalty λ"] == {plot.COLOURS["run_7"], plot.COLOURS["run_8"]}
+    assert all(np.isfinite(ax.get_ylim()).all() for ax in panels.values())
+
+
+def test_legends_name_only_what_is_drawn(tmp_path):
+    fabricate(tmp_path, "run_7")
+    fabricate(tmp_path, "run_8")
+    runs, _ = plot.read_study(sorted(tmp_path.glob("run_*")))
+    (legend,) = plot.grouping_interval(runs).legends  # no run of the sweep, so no bands
+    assert not legend.get_texts()
+
+
+def test_small_bars_keep_two_digits(tmp_path):
+    fabricate(tmp_path, "run_8")
+    edit(tmp_path, "run_8", lambda info: info["means"].update(unlearning_score=0.0374))
+    panels = drawn(tmp_path, plot.unlearning_summary)
+    assert [text.get_text() for text in panels[4].texts] == ["0.037"]
+    assert panels[4].get_xlim()[0] == 0

@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import small
 import torch
 import transformers
 from safetensors.torch import load_file
+from small import child
 
 import experiment as ex
 import plot
@@ -78,21 +78,6 @@ def whole(hub, tmp_path_factory):
     done = child(hub, folder, "x", 0, "never", PYTHONIOENCODING="ascii", **SECRETS)
     assert done.returncode == 0, done.stderr[-1500:]
     return folder / "run_1"
-
-
-def child(hub, folder, event, call, of, **environment):
-    environment = {
-        "SAE_SUBSTRATE": "pythia",
-        "SAE_BUDGET": "smoke",
-        "SAE_CACHE_DIR": str(folder / "cache"),
-        "WANDB_MODE": "disabled",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        **environment,
-    }
-    script = [sys.executable, small.__file__, str(hub), event, str(call), of, "--out_dir=run_1"]
-    return subprocess.run(
-        script, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True
-    )
 
 
 # -- Killed and continued ------------------------------------------------------------------------
@@ -378,9 +363,10 @@ def test_activations_that_are_not_finite_are_never_kept(job, monkeypatch, tmp_pa
 def test_secrets_of_the_environment_are_written_nowhere(whole, tmp_path, monkeypatch):
     for name, value in {**SECRETS, "WANDB_MODE": "offline"}.items():
         monkeypatch.setenv(name, value)
-    logger = ex.Logger("run_1", {"alpha": 0.1}, "tiny", ex.Cache(tmp_path))
-    logger.log({"seed": 0, "loss": 1.0})
-    logger.finish({"l0": 1.0})
+    config = {"alpha": 0.1, "seeds": [0], "steps": 9}
+    logger = ex.Logger("run_1", config, "tiny", ex.Cache(tmp_path))
+    logger.log({"seed": 0, "step": 3, "tokens": 30, "loss": 1.0})
+    logger.finish({"means": {"l0": 1.0}, "stderrs": {}})
     written = [path for top in (whole.parent, tmp_path) for path in top.rglob("*")]
     assert any(path.suffix == ".wandb" for path in written)
     for path in written:
