@@ -944,17 +944,17 @@ def choose_substrate(choice: str, cache: Cache) -> Standin | Pythia:
     """`auto` prefers Pythia and falls back to the stand-in, saying so in one line."""
     if choice not in ("auto", "pythia", "standin"):
         raise UserError(f"SAE_SUBSTRATE={choice!r} is unknown; use auto, pythia or standin")
-    pythia, standin = Pythia(cache), Standin(cache)
     if choice == "standin":
-        return standin
+        return Standin(cache)
+    pythia = Pythia(cache)
     try:
         pythia.check()
         return pythia
     except UserError as reason:
         if choice == "pythia":
             raise
-        say(f"substrate: standin ({standin.model_name}); {reason}")
-    return standin
+        say(f"substrate: standin ({Standin.model_name}); {reason}")
+    return Standin(cache)
 
 
 def faster_dtype(device: torch.device) -> torch.dtype:
