@@ -1210,10 +1210,11 @@ class Material:
                 texts = [row for row in rows if row[0] == part and row[1] == label]
                 chosen += shuffled(texts, "probe")[: min(most, 600)]
         name = f"probe-{name.replace('/', '_')}"
-        found = self.cached(name, build, digest(chosen), self.sink_norm)
+        causes = (digest(chosen), self.sink_norm)
+        found = self.cached(name, build, *causes)
         return ProbeSet(found[0]["acts"], found[0]["owner"],
                         np.array([label for _, label, _ in chosen]),
-                        np.array([part for part, _, _ in chosen]))
+                        np.array([part for part, _, _ in chosen]), causes)
 
 
 class ProbeSet(NamedTuple):
@@ -1223,6 +1224,7 @@ class ProbeSet(NamedTuple):
     owner_N: Tensor  # which text a token is of
     labels: np.ndarray
     parts: np.ndarray  # train | test
+    causes: tuple  # what its texts and tokens depend on
 
     def pooled(self, add_: Callable[[Tensor, Tensor, Tensor], Any], width: int,
                chunk: int = 4096) -> np.ndarray:
@@ -2368,8 +2370,8 @@ def evaluate_sparse_probing(trained: TrainedSAE, material: Material) -> dict[str
             f"probe-llm-{name.replace('/', '_')}",
             lambda texts=texts: ({}, probe_table(texts.pooled(add_rows_, texts.acts_ND.shape[1]),
                                                  texts, config)),
-            config.probe_train, config.probe_test, checksum({"acts": texts.acts_ND}, ""),
-            source_of(probe_table, probe_accuracy, binary_task, ProbeSet),
+            config.probe_train, config.probe_test, texts.causes,
+            source_of(probe_table, probe_accuracy, binary_task, ProbeSet, Material.probe_set),
         )[1]
         sae = probe_table(texts.pooled(trained.add_features_, trained.sae.d_sae), texts, config)
         details.append({"dataset_name": f"{name}_results",
