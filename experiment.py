@@ -1000,30 +1000,40 @@ class HookedLM:
         return out if torch.is_tensor(out) else out[0]
 
     @torch.no_grad()
-    def final(self, tokens_BT: Tensor, x_BTD: Tensor, layout: dict | None = None) -> Tensor:
-        """Last hidden states [B, T, D] when the residual stream at the hook is `x_BTD`."""
+    def final(self, tokens_BT: Tensor, x_BTD: Tensor, layout: dict | None = None,
+              past: transformers.Cache | None = None) -> Tensor:
+        """Last hidden states [B, T, D] when the residual stream at the hook is `x_BTD`.
+
+        `past` holds keys and values that these tokens see besides their own, for every block after
+        the hook; theirs are appended to it.
+        """
         x_BTD = x_BTD.to(self.device)
-        with self.base.trace(**self.inputs(tokens_BT, layout)):
+        with self.base.trace(**self.inputs(tokens_BT, layout), past_key_values=past):
             for block in self.base.layers[: self.layer + 1]:
                 block.skip(x_BTD)
             out = self.base.output.last_hidden_state.save()
         return out
 
     @torch.no_grad()
-    def log_probs(self, h_ND: Tensor, targets_N: Tensor, chunk: int = 512) -> Tensor:
-        """Log-probability of each target token given the hidden state before it, float32 [N]."""
-        parts = []
-        for h, target in zip(h_ND.split(chunk), targets_N.long().to(h_ND.device).split(chunk)):
-            parts.append(-nn.functional.cross_entropy(self.head(h).float(), target,
-                                                      reduction="none"))
-        return torch.cat(parts).cpu() if parts else torch.zeros(0)
+    def log_probs(self, h_ND: Tensor, row_S: Tensor, target_S: Tensor) -> Tensor:
+        """Log-probability of each target token given the hidden state in its row, float32 [S].
+
+        The vocabulary is taken a thousand words at a time, so that logits stay in the cache."""
+        row_S, target_S = row_S.to(self.device), target_S.to(self.device)
+        W_VD = self.head.weight
+        logit_S = torch.linalg.vecdot(h_ND[row_S].float(), W_VD[target_S].float())
+        total_N = torch.cat([
+            torch.stack([(h @ W.T).float().logsumexp(1) for W in W_VD.split(1024)]).logsumexp(0)
+            for h in h_ND.split(1024)])
+        return (logit_S - total_N[row_S]).cpu()
 
     def losses(self, tokens_BT: Tensor, x_BTD: Tensor, rows: int = 8) -> Tensor:
         """Next-token cross-entropy [B, T - 1] in nats with `x_BTD` at the hook."""
         parts = []
         for tokens, x in zip(tokens_BT.split(rows), x_BTD.split(rows)):
             h = self.final(tokens, x)[:, :-1]
-            flat = self.log_probs(h.reshape(-1, h.shape[-1]), tokens[:, 1:].reshape(-1))
+            target = tokens[:, 1:].flatten().long()
+            flat = self.log_probs(h.flatten(0, 1), torch.arange(len(target)), target)
             parts.append(-flat.view(len(tokens), -1))
         return torch.cat(parts)
 
@@ -1237,14 +1247,28 @@ class Material:
                 asked = [(Question(*question), domain) for question in found]
                 say(f"{name} questions: baseline answers to {len(asked)}")
                 forest = Questions.from_text(asked, self.lm)
-                right = forest.right(forest.base_B).nonzero()[:, 0]
+                right = forest.right(forest.base_S).nonzero()[:, 0]
                 counts[name] = {"asked": len(asked), "correct": len(right)}
                 kept += [asked[q] for q in right.tolist()[: self.config.questions]]
-            return vars(Questions.from_text(kept, self.lm)), counts
+            forest = vars(Questions.from_text(kept, self.lm))
+            return {name: part for name, part in forest.items() if name != "memory"}, counts
 
         sizes = (self.config.question_candidates, self.config.questions, digest(self.corpus))
-        tensors, counts = self.cached("questions", build, *sizes, source_of(Questions))
+        tensors, counts = self.cached("questions", build, *sizes, source_of(Forest, Questions))
         return Questions(**tensors), counts
+
+    @functools.cached_property
+    def frontier(self) -> "Forest":
+        """The held-out contexts whose cross-entropy is measured, each a tree without branches."""
+        held, rows = self.heldout, self.heldout["rows"]
+        tokens_RT = held["tokens"][rows].long()
+        n, T = tokens_RT.shape
+        index_RT = torch.arange(n * T).view(n, T)
+        context_RT, place_RT = index_RT // T, index_RT % T
+        return Forest(tokens_RT.flatten(), 5 * context_RT.flatten(), place_RT.flatten(),
+                      tokens_RT[:, 1:].flatten(), 5 * context_RT[:, 1:].flatten(),
+                      index_RT[:, :-1].flatten(), held["x"][rows].flatten(0, 1),
+                      -held["base"].flatten())
 
     @functools.cached_property
     def probe_sets(self) -> "dict[str, ProbeSet]":
@@ -1281,10 +1305,11 @@ class Material:
                 texts = [row for row in rows if row[0] == part and row[1] == label]
                 chosen += shuffled(texts, "probe")[: min(most, 600)]
         name = f"probe-{name.replace('/', '_')}"
-        found = self.cached(name, build, digest(chosen), self.sink_norm)
+        causes = (digest(chosen), self.sink_norm)
+        found = self.cached(name, build, *causes)
         return ProbeSet(found[0]["acts"], found[0]["owner"],
                         np.array([label for _, label, _ in chosen]),
-                        np.array([part for part, _, _ in chosen]))
+                        np.array([part for part, _, _ in chosen]), causes)
 
 
 class ProbeSet(NamedTuple):
@@ -1294,6 +1319,7 @@ class ProbeSet(NamedTuple):
     owner_N: Tensor  # which text a token is of
     labels: np.ndarray
     parts: np.ndarray  # train | test
+    causes: tuple  # what its texts and tokens depend on
 
     def pooled(self, add_: Callable[[Tensor, Tensor, Tensor], Any], width: int,
                chunk: int = 4096) -> np.ndarray:
@@ -1307,26 +1333,114 @@ class ProbeSet(NamedTuple):
 
 
 @dataclass
-class Questions:
-    """Four-way cloze questions as trees that share every prompt between its options.
+class Forest:
+    """Texts as trees that share a prompt between its continuations, to be run from the hook on.
 
-    A question is two trees: its prompt, and the empty prompt for the unconditional scores, each
-    with the four options as branches. Branch b = 10 · question + 5 · tree + place, place 0 the
-    prompt and 1-4 the options. A token sees its own branch and its prompt. So a prompt is run
-    once, an option's last token never, and a branch that an intervention does not reach keeps its
-    unmodified score.
+    Tree t has branch 5t, the prompt, and branches 5t + 1 … 5t + 4, what may follow it. A token
+    sees its own branch and its prompt, no future. So a prompt is run once, and where residuals
+    change, only what can see the change: the rest enters by the keys and values it had.
     """
 
     token_N: Tensor  # what the model reads
     branch_N: Tensor
-    place_N: Tensor  # position in the sequence prompt + option
-    target_S: Tensor  # option tokens, all of which are scored
+    place_N: Tensor  # position in the sequence prompt + branch
+    target_S: Tensor  # tokens that are scored
     branch_S: Tensor
     before_S: Tensor  # index among N of the token that predicts this one
+    x_ND: Tensor  # residuals at the hook, in the language model's precision
+    base_S: Tensor  # log-probability of every target, unmodified
+    memory: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict, kw_only=True)
+    # by block after the hook: unmodified keys and values of all tokens, [N, heads, head width]
+
+    @property
+    def n_trees(self) -> int:
+        return int(self.branch_N[-1]) // 5 + 1 if len(self.branch_N) else 0
+
+    def reached(self, touched_N: Tensor) -> Tensor:
+        """Tokens that see one of `touched_N`, bool [N]."""
+        first_B = torch.full((5 * self.n_trees,), torch.iinfo(torch.long).max)
+        first_B.scatter_reduce_(0, self.branch_N[touched_N], self.place_N[touched_N], "amin")
+        first_B = torch.minimum(first_B, first_B.view(-1, 5)[:, 0].repeat_interleave(5))
+        return self.place_N >= first_B[self.branch_N]
+
+    def rows(self, run_N: Tensor, width: int = 128, per_batch: int = 8) -> Iterator[tuple]:
+        """Tokens to run, packed by trees into rows, and the rest of these trees: flat indices
+        [R, T] and [R, P], -1 where there is none."""
+        tree_N = self.branch_N // 5
+        sizes = torch.bincount(tree_N[run_N])
+        row_of_tree = torch.full((self.n_trees,), -1)
+        row, room = -1, 0
+        for tree in sizes.nonzero().squeeze(1).tolist():
+            size = int(sizes[tree])
+            if size > room:
+                row, room = row + 1, max(width, size)
+            row_of_tree[tree] = row
+            room -= size
+        row_N = row_of_tree[tree_N]
+        for start in range(0, row + 1, per_batch):
+            batch = range(start, min(start + per_batch, row + 1))
+            lists = ([(among_N & (row_N == r)).nonzero().squeeze(1) for r in batch]
+                     for among_N in (run_N, ~run_N))
+            yield tuple(nn.utils.rnn.pad_sequence(indices, batch_first=True, padding_value=-1)
+                        for indices in lists)
+
+    def layout(self, index_RT: Tensor, rest_RP: Tensor) -> dict[str, Tensor]:
+        """Attention mask [R, 1, T, P + T] and positions [R, T]: own branch and its prompt."""
+        seen_RK = torch.cat([rest_RP, index_RT], 1)
+        branch, other = (self.branch_N[i].where(i >= 0, -1) for i in (index_RT, seen_RK))
+        place = self.place_N[index_RT]
+        sees = (branch[:, :, None] == other[:, None]) | (
+            (branch // 5 * 5)[:, :, None] == other[:, None])
+        sees &= place[:, :, None] >= self.place_N[seen_RK][:, None]
+        return {"attention_mask": sees[:, None], "position_ids": place}
+
+    def run(self, lm: HookedLM, x_ND: Tensor, run_N: Tensor) -> Iterator[tuple]:
+        """Some tokens from the hook on, in parts: flat indices [n], last hidden states [n, D],
+        and keys and values by block."""
+        for index_RT, rest_RP in self.rows(run_N):
+            past = transformers.DynamicCache()
+            for block, pair in self.memory.items():
+                past.update(*(part[rest_RP].transpose(1, 2) for part in pair), block)
+            h_RTD = lm.final(self.token_N[index_RT], x_ND[index_RT],
+                             self.layout(index_RT, rest_RP), past)
+            real, P = index_RT >= 0, rest_RP.shape[1]
+            yield index_RT[real], h_RTD[real], {
+                block: [part[:, :, P:].transpose(1, 2)[real] for part in (kept.keys, kept.values)]
+                for block, kept in enumerate(past.layers) if block > lm.layer}
+
+    def remember_(self, lm: HookedLM) -> None:
+        for index, _, pairs in self.run(lm, self.x_ND, torch.ones_like(self.token_N, dtype=bool)):
+            for block, pair in pairs.items():
+                if block not in self.memory:
+                    shape = (len(self.token_N), *pair[0].shape[1:])
+                    self.memory[block] = tuple(part.new_empty(shape) for part in pair)
+                for whole, part in zip(self.memory[block], pair):
+                    whole[index] = part
+
+    def log_probs(self, lm: HookedLM, x_ND: Tensor, touched_N: Tensor) -> Tensor:
+        """Log-probability in nats of every target [S] when the residuals are `x_ND`, which differ
+        from the unmodified ones at most where `touched_N`; only what sees these is run."""
+        reached_N = self.reached(touched_N)
+        if not (self.memory or reached_N.all()):
+            self.remember_(lm)
+        h_ND = torch.empty(x_ND.shape, dtype=x_ND.dtype, device=lm.device)
+        for index, h, _ in self.run(lm, x_ND, reached_N):
+            h_ND[index] = h
+        due = reached_N[self.before_S].nonzero().squeeze(1)
+        before, row = self.before_S[due].unique(return_inverse=True)
+        result = self.base_S.clone()
+        result[due] = lm.log_probs(h_ND[before], row, self.target_S[due])
+        return result
+
+
+@dataclass
+class Questions(Forest):
+    """Four-way cloze questions. Each is two trees: its prompt, and the empty prompt for the
+    unconditional scores, both with the four options as branches; an option's last token is scored
+    and never run."""
+
     answer_Q: Tensor
     domain_Q: Tensor
-    x_ND: Tensor  # residuals at the hook, in the language model's precision
-    base_B: Tensor  # log-probability of every branch (option), unmodified
 
     def __len__(self) -> int:
         return len(self.answer_Q)
@@ -1350,73 +1464,35 @@ class Questions:
         forest = cls(
             *torch.tensor(read, dtype=torch.long).view(-1, 3).T.contiguous(),
             *torch.tensor(scored, dtype=torch.long).view(-1, 3).T.contiguous(),
+            torch.zeros(len(read), lm.d_in, dtype=lm.head.weight.dtype),
+            torch.zeros(len(scored)),
             torch.tensor([question.answer for question, _ in questions], dtype=torch.long),
             torch.tensor([domain for _, domain in questions], dtype=torch.long),
-            torch.zeros(len(read), lm.d_in, dtype=lm.head.weight.dtype),
-            torch.zeros(10 * len(questions)),
         )
         everything = torch.ones(len(read), dtype=torch.bool)
-        for index_RT, tokens, layout in forest.rows(everything):
-            real = index_RT >= 0
-            forest.x_ND[index_RT[real]] = lm.residual(tokens, layout).cpu()[real]
-        forest.base_B = forest.log_probs(lm, forest.x_ND, everything)
+        for index_RT, rest_RP in forest.rows(everything):
+            layout = forest.layout(index_RT, rest_RP)
+            x_RTD, real = lm.residual(forest.token_N[index_RT], layout).cpu(), index_RT >= 0
+            forest.x_ND[index_RT[real]] = x_RTD[real]
+        forest.base_S = forest.log_probs(lm, forest.x_ND, everything)
         return forest
 
-    def rows(self, needed_N: Tensor, width: int = 256, per_batch: int = 6) -> Iterator[tuple]:
-        """Needed tokens packed by trees into rows: flat indices or -1 [R, T], tokens, layout."""
-        index_N = needed_N.nonzero().squeeze(1)
-        tree_sizes = (self.branch_N[index_N] // 5).unique_consecutive(return_counts=True)[1]
-        bins: list[list[Tensor]] = []
-        room = 0
-        for tree in index_N.split(tree_sizes.tolist()):
-            if len(tree) > room:
-                bins.append([])
-                room = max(width, len(tree))
-            bins[-1].append(tree)
-            room -= len(tree)
-        for start in range(0, len(bins), per_batch):
-            lists = [torch.cat(row) for row in bins[start : start + per_batch]]
-            index_RT = nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1)
-            yield index_RT, self.token_N[index_RT] * (index_RT >= 0), self.layout(index_RT)
-
-    def layout(self, index_RT: Tensor) -> dict[str, Tensor]:
-        """Attention mask [R, 1, T, T] and positions: own branch and its prompt, no future."""
-        real = index_RT >= 0
-        branch = self.branch_N[index_RT].where(real, -1)
-        prompt = (branch // 5 * 5).where(real, -1)
-        sees = (branch[:, :, None] == branch[:, None]) | (prompt[:, :, None] == branch[:, None])
-        return {"attention_mask": sees.tril()[:, None],
-                "position_ids": self.place_N[index_RT] * real}
-
-    def log_probs(self, lm: HookedLM, x_ND: Tensor, touched_N: Tensor) -> Tensor:
-        """Log-probability in nats of every branch when the residuals are `x_ND`, which differ from
-        the unmodified ones at most where `touched_N`; only what follows from there is run."""
-        fresh = torch.zeros(len(self.base_B), dtype=torch.bool)
-        fresh[self.branch_N[touched_N]] = True
-        fresh = fresh.view(-1, 5)
-        fresh |= fresh[:, :1]
-        needed = fresh.clone()
-        needed[:, 0] = fresh.any(1)
-        fresh, needed = fresh.view(-1), needed.view(-1)
-        due = fresh[self.branch_S].nonzero().squeeze(1)
-        h_SD = torch.empty(len(due), lm.d_in, dtype=x_ND.dtype, device=lm.device)
-        for index_RT, tokens, layout in self.rows(needed[self.branch_N]):
-            h_RTD = lm.final(tokens, x_ND[index_RT], layout)
-            place_N = torch.full((len(self.token_N),), -1)
-            place_N[index_RT[index_RT >= 0]] = (index_RT >= 0).flatten().nonzero().squeeze(1)
-            here = place_N[self.before_S[due]]
-            h_SD[here >= 0] = h_RTD.flatten(0, 1)[here[here >= 0].to(lm.device)]
-        result = self.base_B.masked_fill(fresh, 0.0)
-        return result.index_add_(0, self.branch_S[due], lm.log_probs(h_SD, self.target_S[due]))
-
-    def scores(self, log_prob_B: Tensor) -> Tensor:
+    def scores(self, log_prob_S: Tensor) -> Tensor:
         """Conditional minus unconditional log-probability of each option in nats, [Q, 4]."""
-        given, anyway = log_prob_B.view(-1, 2, 5)[:, :, 1:].unbind(1)
+        branch_B = torch.zeros(10 * len(self)).index_add_(0, self.branch_S, log_prob_S)
+        given, anyway = branch_B.view(-1, 2, 5)[:, :, 1:].unbind(1)
         return given - anyway
 
-    def right(self, log_prob_B: Tensor) -> Tensor:
+    def right(self, log_prob_S: Tensor) -> Tensor:
         """Whether the option of the highest score is the answer, bool [Q]."""
-        return self.scores(log_prob_B).argmax(dim=1) == self.answer_Q
+        return self.scores(log_prob_S).argmax(dim=1) == self.answer_Q
+
+    def margins(self) -> Tensor:
+        """How far the answer's score is above the next one's, unmodified, in nats [Q]."""
+        scores_QO = self.scores(self.base_S)
+        answer_Q1 = self.answer_Q[:, None]
+        others_QO = scores_QO.scatter(1, answer_Q1, -math.inf)
+        return (scores_QO.gather(1, answer_Q1) - others_QO.amax(1, keepdim=True)).squeeze(1)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2517,8 +2593,8 @@ def evaluate_sparse_probing(trained: TrainedSAE, material: Material) -> dict[str
             f"probe-llm-{name.replace('/', '_')}",
             lambda texts=texts: ({}, probe_table(texts.pooled(add_rows_, texts.acts_ND.shape[1]),
                                                  texts, config)),
-            config.probe_train, config.probe_test, checksum({"acts": texts.acts_ND}, ""),
-            source_of(probe_table, probe_accuracy, binary_task, ProbeSet),
+            config.probe_train, config.probe_test, texts.causes,
+            source_of(probe_table, probe_accuracy, binary_task, ProbeSet, Material.probe_set),
         )[1]
         sae = probe_table(texts.pooled(trained.add_features_, trained.sae.d_sae), texts, config)
         details.append({"dataset_name": f"{name}_results",
@@ -2598,34 +2674,30 @@ class Effect(NamedTuple):
 
 def apply_setting(trained: TrainedSAE, material: Material, features: Tensor, targets: Tensor,
                   ask: bool) -> Effect:
-    """Clamp and measure. Texts and questions in which nothing changes keep their baseline, which
-    is exact: the same residuals give the same logits. Asking ends as soon as more retain answers
-    are lost than any summary admits."""
-    held, rows = material.heldout, material.heldout["rows"]
-    tokens, x, keep, base = held["tokens"][rows], held["x"][rows], held["keep"][rows], held["base"]
-    changed = clamp(trained, features, targets, x, keep)
-    touched = (changed != x).any(-1).any(-1)
-    losses = base.clone()
-    if touched.any():
-        losses[touched] = material.lm.losses(tokens[touched], changed[touched])
-    rise_R = (losses - base).mean(1)
+    """Clamp and measure. What sees no changed residual keeps its baseline, which is exact. Retain
+    questions come first, the ones answered by the least margin before the others, and asking ends
+    as soon as more answers are lost than any summary admits."""
+
+    def log_probs(forest: Forest, only_N: Tensor) -> Tensor:
+        keep_N = only_N & (forest.x_ND.float().norm(dim=-1) < material.sink_norm)
+        changed = clamp(trained, features, targets, forest.x_ND, keep_N)
+        return forest.log_probs(material.lm, changed, (changed != forest.x_ND).any(-1))
+
+    frontier, n = material.frontier, len(material.heldout["rows"])
+    everything = torch.ones_like(frontier.token_N, dtype=torch.bool)
+    rise_R = (frontier.base_S - log_probs(frontier, everything)).view(n, -1).mean(1)
     if not ask:
         return Effect(rise_R, torch.ones(0, dtype=torch.bool), False)
     questions = material.questions[0]
     right_Q = torch.ones(len(questions), dtype=torch.bool)  # the filter's meaning
-    keep_N = questions.x_ND.float().norm(dim=-1) < material.sink_norm
-    changed = clamp(trained, features, targets, questions.x_ND, keep_N)
-    touched_N = (changed != questions.x_ND).any(-1)
-    owner_N = questions.branch_N // 10
+    order, owner_N = questions.margins().argsort(), questions.branch_N // 10
     most_lost = (1 - RETAINED) * int((questions.domain_Q == RETAIN).sum())
-    for domain in (RETAIN, FORGET):
-        hit = owner_N[touched_N].unique()
-        for part in hit[questions.domain_Q[hit] == domain].split(40):
+    for domain, at_once in ((RETAIN, 20), (FORGET, len(questions))):
+        for part in order[questions.domain_Q[order] == domain].split(at_once):
+            log_prob_S = log_probs(questions, torch.isin(owner_N, part))
+            right_Q[part] = questions.right(log_prob_S)[part]
             if int((~right_Q[questions.domain_Q == RETAIN]).sum()) > most_lost:
                 return Effect(rise_R, right_Q, False)
-            here_N = touched_N & torch.isin(owner_N, part)
-            log_probs = questions.log_probs(material.lm, changed, here_N)
-            right_Q[part] = questions.right(log_probs)[part]
     return Effect(rise_R, right_Q, True)
 
 

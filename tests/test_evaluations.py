@@ -218,6 +218,7 @@ def test_pooling_is_a_mean_over_each_texts_tokens():
         torch.tensor([0, 0, 2]),
         np.array(["a", "b", "c"]),
         np.array(["train"] * 3),
+        (),
     )
     assert texts.pooled(ex.add_rows_, 1).ravel().tolist() == [2, 0, 10]
 

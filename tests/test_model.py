@@ -1,5 +1,7 @@
 """The hook, the forest of questions and the buffer, on small models of both architectures."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
@@ -79,6 +81,18 @@ def test_losses_are_the_models_own(kind):
     assert not torch.allclose(losses, changed)
 
 
+def test_log_probs_are_those_of_the_whole_vocabulary():
+    """Vocabulary and states in blocks, targets that share a state: the same as log_softmax."""
+    _, lm = make("llama")
+    lm.head = torch.nn.Linear(32, 2500, bias=False)
+    h = torch.randn(1100, 32)
+    row, target = torch.randint(0, 1100, (3000,)), torch.randint(0, 2500, (3000,))
+    expected = lm.head(h).log_softmax(-1)[row, target].detach()
+    torch.testing.assert_close(lm.log_probs(h, row, target), expected, atol=1e-5, rtol=1e-5)
+    assert len(lm.log_probs(h, row[:0], target[:0])) == 0
+    assert len(lm.log_probs(h[:0], row[:0], target[:0])) == 0
+
+
 QUESTIONS = [
     (
         ex.Question(
@@ -122,26 +136,36 @@ def test_forest_scores_equal_plain_sequences(kind):
     model, lm = make(kind)
     forest = ex.Questions.from_text(QUESTIONS, lm)
     expected = torch.stack([plain_scores(model, lm, question) for question, _ in QUESTIONS])
-    torch.testing.assert_close(forest.scores(forest.base_B), expected, atol=2e-4, rtol=1e-4)
-    assert forest.right(forest.base_B).tolist() == [
+    torch.testing.assert_close(forest.scores(forest.base_S), expected, atol=2e-4, rtol=1e-4)
+    assert forest.right(forest.base_S).tolist() == [
         int(row.argmax()) == question.answer for row, (question, _) in zip(expected, QUESTIONS)
     ]
 
 
 @KINDS
-def test_only_what_follows_from_a_change_is_run(kind):
+def test_only_what_follows_from_a_change_is_run(kind, monkeypatch):
     """Any set of changed tokens: the saved path equals running everything anew."""
     model, lm = make(kind)
     forest = ex.Questions.from_text(QUESTIONS, lm)
+    plain = dataclasses.replace(forest, memory={})
     everything = torch.ones(len(forest.token_N), dtype=torch.bool)
-    for seed in range(4):
-        touched = torch.rand(len(everything), generator=ex.randomness(seed)) < 0.08
+    forest.remember_(lm)
+    run, final = [], lm.final
+    monkeypatch.setattr(lm, "final", lambda tokens, *rest: run.append(tokens.numel())
+                        or final(tokens, *rest))
+    for seed in range(6):
+        touched = torch.rand(len(everything), generator=ex.randomness(seed)) < 0.15
         changed = torch.where(touched[:, None], forest.x_ND * 0.3, forest.x_ND)
+        run.clear()
         saved = forest.log_probs(lm, changed, touched)
-        torch.testing.assert_close(saved, forest.log_probs(lm, changed, everything), atol=1e-4,
-                                   rtol=1e-4)
-        assert int((saved == forest.base_B).sum()) > 10  # and the rest was not run
-    assert torch.equal(forest.log_probs(lm, forest.x_ND, ~everything), forest.base_B)
+        assert sum(run) == int(forest.reached(touched).sum()) < len(everything)  # one row
+        whole = plain.log_probs(lm, changed, everything)
+        torch.testing.assert_close(saved, whole, atol=1e-4, rtol=1e-4)
+        seen = forest.reached(touched)[forest.before_S]
+        assert torch.equal(saved[~seen], forest.base_S[~seen])
+        assert not torch.isclose(saved[seen], forest.base_S[seen]).all()
+    assert not plain.memory
+    assert torch.equal(forest.log_probs(lm, forest.x_ND, ~everything), forest.base_S)
 
 
 @KINDS
@@ -155,7 +179,36 @@ def test_forest_under_an_intervention_equals_plain_sequences(kind):
     expected = torch.stack([plain_scores(model, lm, question) for question, _ in QUESTIONS])
     handle.remove()
     torch.testing.assert_close(scores, expected, atol=2e-4, rtol=1e-4)
-    assert not torch.allclose(scores, forest.scores(forest.base_B), atol=1e-2)
+    assert not torch.allclose(scores, forest.scores(forest.base_S), atol=1e-2)
+
+
+def test_rows_hold_every_token_once():
+    """However trees are packed: each token to run in one place, beside the rest of its tree."""
+    _, lm = make("llama")
+    forest = ex.Questions.from_text(QUESTIONS, lm)
+    wanted = torch.arange(len(forest.token_N)) % 3 > 0
+    for width in (1, 20, 500):
+        found, rest = (torch.cat([part.flatten() for part in parts])
+                       for parts in zip(*forest.rows(wanted, width, 2)))
+        assert found[found >= 0].sort().values.tolist() == wanted.nonzero()[:, 0].tolist()
+        assert rest[rest >= 0].sort().values.tolist() == (~wanted).nonzero()[:, 0].tolist()
+
+
+def test_no_questions_are_no_crash():
+    _, lm = make("llama")
+    forest = ex.Questions.from_text([], lm)
+    assert len(forest.margins()) == len(forest.right(forest.base_S)) == 0
+    nothing = torch.zeros(0, dtype=torch.bool)
+    assert len(forest.log_probs(lm, forest.x_ND, nothing)) == 0
+
+
+def test_margins_by_hand():
+    forest = ex.Questions.from_text(QUESTIONS[:1], make("llama")[1])
+    for option, score in enumerate((2.0, -1.0, 1.5, 0.0)):
+        index = (forest.branch_S == 1 + option).nonzero()[:, 0]
+        forest.base_S[index] = score / len(index)
+        forest.base_S[forest.branch_S == 6 + option] = 0
+    assert forest.margins().tolist() == [pytest.approx(0.5)]
 
 
 def test_contexts_are_packed_without_padding_or_loss():
@@ -190,8 +243,6 @@ class TinySubstrate:
 
 @pytest.fixture
 def tiny(tmp_path):
-    import dataclasses
-
     config = dataclasses.replace(
         ex.CustomSAEConfig(),
         context_length=16,
@@ -267,10 +318,13 @@ def test_splicing_identity_scores_one_and_zeros_score_zero(tiny):
         assert found["ce_score"] == pytest.approx(score, abs=1e-4)
 
 
-def test_saved_path_equals_plain_intervention(tiny):
-    """Skipping untouched contexts changes no number: the same loss as clamping all of them."""
+def test_saved_path_equals_plain_intervention(tiny, monkeypatch):
+    """Skipping what sees no change changes no number: the same as clamping and running it all."""
     buffer = tiny.activations(shard_tokens=256)
-    tiny.__dict__["questions"] = ex.Questions.from_text(QUESTIONS, tiny.lm), {}
+    questions = ex.Questions.from_text(QUESTIONS, tiny.lm)
+    questions.answer_Q = (questions.scores(questions.base_S).argmax(1) + torch.arange(3) % 2) % 4
+    tiny.__dict__["questions"] = questions, {}
+    monkeypatch.setattr(ex, "RETAINED", 0.0)
     sae = ex.CustomSAE(32, 128, ex.randomness(0))
     sae.initialize_biases_(buffer.batch(0, 0, 512)[0], 1.0)
     trained = ex.TrainedSAE(sae, buffer.scale)
@@ -284,6 +338,12 @@ def test_saved_path_equals_plain_intervention(tiny):
     with torch.no_grad():
         plain = x + (sae.decode(clamped) - sae.decode(f)) * buffer.scale
     rise = (tiny.lm.losses(tokens, plain) - tiny.heldout["base"]).mean(1)
+    everything = torch.ones(len(questions.token_N), dtype=torch.bool)
+    changed = ex.clamp(trained, chosen, targets, questions.x_ND, everything)
+    right = dataclasses.replace(questions, memory={}).log_probs(tiny.lm, changed, everything)
+    assert effect.asked
+    assert torch.equal(effect.right_Q, questions.right(right))
+    assert 0 < int(effect.right_Q.sum()) < 3
     torch.testing.assert_close(effect.rise_R, rise, atol=1e-4, rtol=1e-3)
     untouched = (f[..., chosen] == 0).all(-1).all(-1)
     assert 0 < int(untouched.sum()) < len(rows), "the case must have both kinds"
