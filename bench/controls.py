@@ -1,11 +1,11 @@
 """Controls on the real substrate: what the numbers are worth.
 
-    python bench/controls.py        # beside the finished run_1 and run_8
+    python bench/controls.py        # beside the finished run_2 and run_8
 
-Trains run_1's row with domain labels shuffled among the tokens of every batch (the use term's gain
+Trains run_2's row with domain labels shuffled among the tokens of every batch (the use term's gain
 must vanish) and takes SAEs that were never trained (their probes show what random features
 give), for each of the runs' seeds. Printed are means ± standard errors, with those of run_8 (off)
-and run_1 (adaptive), and paired differences to run_8. Environment variables and cache are those of
+and run_2 (adaptive), and paired differences to run_8. Environment variables and cache are those of
 experiment.py.
 """
 
@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import experiment as ex
 
 ROWS = {
-    "adaptive, labels shuffled": {**ex.RUNS["run_1"], "shuffle_domains": True},
+    "adaptive, labels shuffled": {**ex.RUNS["run_2"], "shuffle_domains": True},
     "not trained": {**ex.RUNS["run_8"], "steps": 0},
 }
-FINISHED = {"off (run_8)": "run_8", "adaptive (run_1)": "run_1"}
+FINISHED = {"off (run_8)": "run_8", "adaptive (run_2)": "run_2"}
 COLUMNS = {
     "l0": "L0", "explained_variance": "explained variance", "l_use": "L_use",
     "duplicates": "duplicates", "unlearning_area": "area",
@@ -41,7 +41,7 @@ def prepare() -> tuple[ex.Material, ex.ActivationBuffer]:
     cache = ex.Cache(Path(os.environ.get("SAE_CACHE_DIR") or ".cache"))
     substrate = ex.choose_substrate(os.environ.get("SAE_SUBSTRATE", "auto"), cache)
     substrate.fetch()
-    config = ex.resolve_config("run_1", os.environ.get("SAE_BUDGET", "full"), Path())
+    config = ex.resolve_config("run_2", os.environ.get("SAE_BUDGET", "full"), Path())
     material = ex.Material(substrate, config, cache, ex.Team())
     return material, material.activations()
 
