@@ -230,3 +230,17 @@ def test_batches_are_a_function_of_seed_and_step_and_cover_an_epoch():
     assert torch.equal((z[:, 0] * buffer.scale).round().long() % 2, domain)
     assert float(buffer.acts_ND.float().square().sum(1).mean()) == pytest.approx(buffer.scale**2)
     assert not torch.equal(buffer.batch(1, 0, 16)[0], buffer.batch(1, 5, 16)[0])
+
+
+def test_shares_make_up_the_batch_and_mislabelled_ones_keep_their_tokens():
+    z = torch.randn(80, 4, generator=ex.randomness("shares")).half()
+    buffer = ex.ActivationBuffer([({"acts": z, "domain": torch.arange(80) % 2}, None)])
+    whole = buffer.batch(7, 3, 16)
+    halves = [buffer.batch(7, 3, 16, share) for share in (slice(0, 8), slice(8, 16))]
+    for part, both in zip(whole, zip(*halves)):
+        torch.testing.assert_close(torch.cat(both), part, rtol=0, atol=0)
+    mixed = buffer.batch(7, 3, 16, mislabelled=True)
+    assert torch.equal(mixed[0], whole[0])
+    assert not torch.equal(mixed[1], whole[1])
+    assert torch.equal(mixed[1].sort().values, whole[1].sort().values)
+    torch.testing.assert_close(buffer.batch(7, 3, 16, slice(8, 16), True)[1], mixed[1][8:])
