@@ -116,6 +116,11 @@ def prepare(folder, patch=setattr):
         patch(owner, name, value)
 
 
+def inherited():
+    """The environment, without the wandb service that a job in this process has left behind."""
+    return {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
+
+
 def child(hub, folder, event="x", call=0, of="never", **environment):
     """The job in a process of its own, with `folder` as the working directory."""
     environment = {
@@ -129,7 +134,7 @@ def child(hub, folder, event="x", call=0, of="never", **environment):
     return subprocess.run(
         [sys.executable, __file__, str(hub), event, str(call), of, "--out_dir=run_1"],
         cwd=folder,
-        env={**os.environ, **environment},
+        env={**inherited(), **environment},
         capture_output=True,
         text=True,
         timeout=600,

@@ -35,7 +35,7 @@ def sync(folder, server):
     runs = sorted((folder / "cache" / "wandb").glob("offline-run-*"))
     done = subprocess.run(
         [sys.executable, "-m", "wandb", "sync", *map(str, runs)],
-        env={**os.environ, **server.environment, "WANDB_ERROR_REPORTING": "false"},
+        env={**small.inherited(), **server.environment, "WANDB_ERROR_REPORTING": "false"},
         cwd=folder,
         capture_output=True,
         text=True,
