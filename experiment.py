@@ -3266,6 +3266,22 @@ def run_locked(out_dir: Path, run: str, budget: str, config: CustomSAEConfig, ca
     return info
 
 
+def comparisons(rows: list[dict], evaluations: list[dict], record: dict,
+                out_dir: Path) -> dict[str, Any]:
+    """Paired differences to the fixed and the vanilla SAE, where these runs are finished."""
+    found = {}
+    for reference in ("run_7", "run_8"):
+        other = read_result(out_dir.resolve().parent / reference)
+        same = other and all(other[key] == record[key] for key in ("substrate", "budget"))
+        if same and reference != record["run"]:
+            samples = [parts["unlearning"]["samples"] for parts in evaluations]
+            try:
+                found[reference] = compare(rows, samples, other)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                say(f"{reference} is of another version ({type(error).__name__}); not compared")
+    return found
+
+
 def collect(run: str, config: CustomSAEConfig, material: Material, record: dict,
             trainers: dict[int, CustomTrainer], by_seed: dict[int, dict], clock: Clock,
             out_dir: Path) -> dict[str, Any]:
@@ -3278,16 +3294,6 @@ def collect(run: str, config: CustomSAEConfig, material: Material, record: dict,
     numbers = [{key: value for key, value in row.items() if key != "seed"} for row in rows]
     means, stderrs = mean_and_stderr(numbers)
     probing = [parts["sparse_probing"] for parts in evaluations]
-    comparisons = {}
-    for reference in ("run_7", "run_8"):
-        other = read_result(out_dir.resolve().parent / reference)
-        same = other and all(other[key] == record[key] for key in ("substrate", "budget"))
-        if same and reference != run:
-            samples = [parts["unlearning"]["samples"] for parts in evaluations]
-            try:
-                comparisons[reference] = compare(rows, samples, other)
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
-                say(f"{reference} is of another version ({type(error).__name__}); not compared")
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     info = {
         **sae_bench_part(run, config, material, means, probing, record["d_in"]),
@@ -3295,8 +3301,8 @@ def collect(run: str, config: CustomSAEConfig, material: Material, record: dict,
         "config": record, "means": means, "stderrs": stderrs, "seeds": rows,
         **{part: {"per_seed": [parts[part] for parts in evaluations]}
            for part in ("reconstruction", "conditioning", "unlearning")},
-        "comparisons": comparisons, "skipped": material.corpus["skipped"],
-        "environment": environment(material),
+        "comparisons": comparisons(rows, evaluations, record, out_dir),
+        "skipped": material.corpus["skipped"], "environment": environment(material),
         "timing": {**{f"{phase}_seconds": seconds for phase, seconds in clock.seconds.items()},
                    "peak_memory_gb": usage / (1e9 if sys.platform == "darwin" else 1e6)},
     }
