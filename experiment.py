@@ -2296,7 +2296,8 @@ class CustomTrainer:
         for name, part in self.sae.state_dict().items():
             part.copy_(tensors[f"sae.{name}"])
         for name, parameter in self.sae.named_parameters():
-            self.optimizer.state[parameter] = {"step": torch.tensor(float(note["step_count"]))}
+            step = torch.tensor(float(note["step_count"]), device=self.device)
+            self.optimizer.state[parameter] = {"step": step}
             for kind in ("exp_avg", "exp_avg_sq"):
                 empty = torch.zeros_like(parameter)  # keeps the parameter's memory layout
                 self.optimizer.state[parameter][kind] = empty.copy_(tensors[f"adam.{kind}.{name}"])
