@@ -1,0 +1,70 @@
+"""What the features that unlearning clamps stand for: the contexts in which they fire most.
+
+    python bench/top_features.py run_8 run_2        # finished runs; their first seed
+
+For every run the features chosen at the looser threshold, most frequent first, with the share of
+held-out tokens of each domain on which they fire, and their strongest tokens in context, marked.
+A reader should see the knowledge that is to go, and nothing else. Environment variables and cache
+are those of experiment.py.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import experiment as ex
+
+FEATURES, EXAMPLES, AROUND = 10, 3, 8
+
+
+def prepare() -> ex.Material:
+    ex.quiet_libraries()
+    cache = ex.Cache(Path(os.environ.get("SAE_CACHE_DIR") or ".cache"))
+    substrate = ex.choose_substrate(os.environ.get("SAE_SUBSTRATE", "auto"), cache)
+    substrate.fetch()
+    config = ex.resolve_config("run_8", os.environ.get("SAE_BUDGET", "full"), Path())
+    material = ex.Material(substrate, config, cache, ex.Team())
+    material.activations()
+    return material
+
+
+def examples(f_CT: torch.Tensor, tokens_CT: torch.Tensor, tokenizer) -> list[str]:
+    """Where a feature fires most, one place a context."""
+    strength_C, place_C = f_CT.max(dim=1)
+    lines = []
+    for context in strength_C.topk(EXAMPLES).indices.tolist():
+        at, ids = int(place_C[context]), tokens_CT[context].tolist()
+        before, after = ids[max(0, at - AROUND) : at], ids[at + 1 : at + 1 + AROUND]
+        text = f"{tokenizer.decode(before)}[{tokenizer.decode(ids[at])}]{tokenizer.decode(after)}"
+        lines.append(" ".join(text.split()))
+    return lines
+
+
+@torch.no_grad()
+def show(run: Path, material: ex.Material) -> None:
+    info, held = ex.read_result(run), material.heldout
+    if info is None:
+        sys.exit(f"error: {run} holds no finished run")
+    chosen = info["unlearning"]["per_seed"][0]["selected"][str(max(ex.THRESHOLDS))][:FEATURES]
+    weights = load_file(run / f"seed_{info['seeds'][0]['seed']}/sae_lens/sae_weights.safetensors")
+    f_CTN = torch.relu((held["x"].float() - weights["b_dec"]) @ weights["W_enc"][:, chosen]
+                       + weights["b_enc"][chosen]) * held["keep"][..., None]
+    print(f"\n{run.name}: {ex.PURPOSE[run.name]}")
+    for n, feature in enumerate(chosen):
+        fires_CT = f_CTN[..., n] > 0
+        shares = (float(fires_CT[held["domain"] == k].float().mean()) for k in range(3))
+        rates = ", ".join(f"{name} {share:.2%}" for name, share in zip(ex.DOMAINS, shares))
+        print(f"\n  feature {feature}: {rates}")
+        for line in examples(f_CTN[..., n], held["tokens"], material.lm.tokenizer):
+            print(f"    {line}")
+
+
+if __name__ == "__main__":
+    shared = prepare()
+    for name in sys.argv[1:]:
+        show(Path(name), shared)
