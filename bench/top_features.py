@@ -11,6 +11,7 @@ are those of experiment.py.
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -33,7 +34,7 @@ def prepare() -> ex.Material:
     return material
 
 
-def examples(f_CT: torch.Tensor, tokens_CT: torch.Tensor, tokenizer) -> list[str]:
+def examples(f_CT: torch.Tensor, tokens_CT: torch.Tensor, tokenizer: Any) -> list[str]:
     """Where a feature fires most, one place a context."""
     strength_C, place_C = f_CT.max(dim=1)
     lines = []
