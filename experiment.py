@@ -2679,23 +2679,25 @@ def apply_setting(trained: TrainedSAE, material: Material, features: Tensor, tar
     questions come first, the ones answered by the least margin before the others, and asking ends
     as soon as more answers are lost than any summary admits."""
 
-    def log_probs(forest: Forest, only_N: Tensor) -> Tensor:
-        keep_N = only_N & (forest.x_ND.float().norm(dim=-1) < material.sink_norm)
-        changed = clamp(trained, features, targets, forest.x_ND, keep_N)
-        return forest.log_probs(material.lm, changed, (changed != forest.x_ND).any(-1))
+    def clamped(forest: Forest) -> tuple[Tensor, Tensor]:
+        keep_N = forest.x_ND.float().norm(dim=-1) < material.sink_norm
+        x_ND = clamp(trained, features, targets, forest.x_ND, keep_N)
+        return x_ND, (x_ND != forest.x_ND).any(-1)
 
     frontier, n = material.frontier, len(material.heldout["rows"])
-    everything = torch.ones_like(frontier.token_N, dtype=torch.bool)
-    rise_R = (frontier.base_S - log_probs(frontier, everything)).view(n, -1).mean(1)
+    log_prob_S = frontier.log_probs(material.lm, *clamped(frontier))
+    rise_R = (frontier.base_S - log_prob_S).view(n, -1).mean(1)
     if not ask:
         return Effect(rise_R, torch.ones(0, dtype=torch.bool), False)
     questions = material.questions[0]
+    x_ND, touched_N = clamped(questions)
     right_Q = torch.ones(len(questions), dtype=torch.bool)  # the filter's meaning
     order, owner_N = questions.margins().argsort(), questions.branch_N // 10
     most_lost = (1 - RETAINED) * int((questions.domain_Q == RETAIN).sum())
     for domain, at_once in ((RETAIN, 20), (FORGET, len(questions))):
         for part in order[questions.domain_Q[order] == domain].split(at_once):
-            log_prob_S = log_probs(questions, torch.isin(owner_N, part))
+            here_N = touched_N & torch.isin(owner_N, part)
+            log_prob_S = questions.log_probs(material.lm, x_ND, here_N)
             right_Q[part] = questions.right(log_prob_S)[part]
             if int((~right_Q[questions.domain_Q == RETAIN]).sum()) > most_lost:
                 return Effect(rise_R, right_Q, False)
