@@ -80,6 +80,8 @@ def areas(trained: ex.TrainedSAE, material: ex.Material,
 
 
 def shown(values: list[float]) -> str:
+    if not all(map(math.isfinite, values)):
+        return "-"  # not measured for this row
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return f"{statistics.mean(values):.3f} ± {error:.3f}"
 
