@@ -8,12 +8,12 @@ A reader should see the knowledge that is to go, and nothing else. Environment v
 are those of experiment.py.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from controls import prepare
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -21,17 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import experiment as ex
 
 FEATURES, EXAMPLES, AROUND = 10, 3, 8
-
-
-def prepare() -> ex.Material:
-    ex.quiet_libraries()
-    cache = ex.Cache(Path(os.environ.get("SAE_CACHE_DIR") or ".cache"))
-    substrate = ex.choose_substrate(os.environ.get("SAE_SUBSTRATE", "auto"), cache)
-    substrate.fetch()
-    config = ex.resolve_config("run_8", os.environ.get("SAE_BUDGET", "full"), Path())
-    material = ex.Material(substrate, config, cache, ex.Team())
-    material.activations()
-    return material
 
 
 def examples(f_CT: torch.Tensor, tokens_CT: torch.Tensor, tokenizer: Any) -> list[str]:
@@ -66,6 +55,6 @@ def show(run: Path, material: ex.Material) -> None:
 
 
 if __name__ == "__main__":
-    shared = prepare()
+    shared, _ = prepare()
     for name in sys.argv[1:]:
         show(Path(name), shared)
