@@ -2375,9 +2375,9 @@ def train_sae(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int, chec
                 bar.set_postfix(loss=f"{terms['loss']:.3f}", l0=f"{terms['l0']:.0f}")
                 log(trainer.history[-1])
             interrupted = bool(team.sum_(torch.tensor(interrupts.signal or 0)))
-            left = config.steps - trainer.step_count  # so few that the last checkpoint is near?
+            left = config.steps - trainer.step_count
             due = trainer.step_count % config.checkpoint_every == 0
-            if interrupted or not left or due and left >= config.checkpoint_every / 2:
+            if interrupted or not left or due and 2 * left >= config.checkpoint_every:
                 tensors, note = trainer.state_dict()
                 trainer.check_finite(terms, non_finite(tensors))  # before it is kept
                 if LEADER:
