@@ -65,7 +65,7 @@ class LocalPythia:
         return model, load_tokenizer(self.folder)
 
     def corpus(self, _config: ex.CustomSAEConfig) -> dict[str, Any]:
-        return {"learn": {"forget": self.texts[::2], "retain": self.texts[1::2]}}
+        return {"learn": {"forget": self.texts[::2], "retain": self.texts[1::2], "other": []}}
 
 
 def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
