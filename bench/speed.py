@@ -1,14 +1,17 @@
-"""How fast the training step, the orthogonality term and the grouping are, as ratios.
+"""All tables of speed: step, orthogonality term, grouping, whole runs, and the peers if installed.
 
     python bench/speed.py
 
-Everything that is compared runs in one process, in turns, and the medians of the turns are printed
-with their range; absolute times belong to the machine. D = 512, B = 2048 tokens, 40 features active
-a token on synthetic activations; weights move so little that this stays so. bench/pipeline.py
-compares the whole pipeline with SAELens and dictionary_learning.
+What is compared in the first three tables runs in one process, in turns, and the medians of the
+turns are printed with their range; absolute times belong to the machine. D = 512, B = 2048 tokens,
+40 features active a token on synthetic activations; weights move so little that this stays so.
+Whole runs: what the finished run folders beside experiment.py took. Last, where bench/peers.sh has
+installed them (SAE_PEERS), three rounds of bench/pipeline.py against SAELens and
+dictionary_learning.
 """
 
 import dataclasses
+import json
 import statistics
 import sys
 import time
@@ -16,15 +19,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pipeline
 import torch
+from exchange import peer_python
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-import experiment as ex
+import experiment as ex  # noqa: E402 - it lies beside this folder, not on the path
 
 D, B, ACTIVE = 512, 2048, 40.0
 ROUNDS = 5
+PIPELINE_ROUNDS = 3
 
 
 def trainer(mode: str, d_sae: int, screen: str) -> ex.CustomTrainer:
@@ -148,6 +155,33 @@ def grouping(d_sae: int) -> None:
           flush=True)
 
 
+def whole_runs() -> None:
+    """Seconds of each phase of the finished runs beside experiment.py, all seeds."""
+    phases = ("activations", "training", "reconstruction", "conditioning", "sparse_probing",
+              "unlearning")
+    print("\n| run | budget | seeds |", " | ".join(phases), "| all | peak GB |\n" +
+          "|---" * (len(phases) + 5) + "|")
+    for name in ex.RUNS:
+        path = ROOT / name / "final_info.json"
+        if path.exists():
+            info = json.loads(path.read_text(encoding="utf-8"))
+            taken = [info["timing"].get(f"{phase}_seconds", 0.0) for phase in phases]
+            print(f"| {name} | {info['budget']} | {info['config']['n_seeds']} |",
+                  " | ".join(f"{t:.0f}" for t in taken),
+                  f"| {sum(taken):.0f} | {info['timing']['peak_memory_gb']:.1f} |")
+
+
+def peers() -> None:
+    absent = [who for who in ("sae_lens", "dictionary_learning") if not peer_python(who).exists()]
+    if absent:
+        print(f"\nNot measured: the pipeline against {' and '.join(absent)}, which bench/peers.sh "
+              "installs (SAE_PEERS).")
+        return
+    print()
+    print(pipeline.table([pipeline.measure_round(list(pipeline.VARIANTS))
+                          for _ in range(PIPELINE_ROUNDS)]))
+
+
 def main() -> None:
     ex.quiet_libraries()
     print(f"{ex.processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
@@ -164,6 +198,8 @@ def main() -> None:
           "|---|---|---|---|")
     for d_sae in (4096, 8192, 16384, 32768, 65536):
         grouping(d_sae)
+    whole_runs()
+    peers()
     print("\nNot measured: CUDA; processors with matrix units; more than one process.")
 
 
