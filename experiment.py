@@ -75,7 +75,7 @@ class CustomSAEConfig:
     # orthogonality
     orthogonality: str = "adaptive"  # off | fixed | adaptive | max_cosine
     alpha: float = 0.05  # its strength; only the starting value of trainer.alpha
-    eta: float = 4.0  # weight of L_use inside L_orth (adaptive)
+    eta: float = 2.0  # weight of L_use inside L_orth (adaptive)
     ortho_matrix: str = "decoder"  # which weights are kept apart: decoder | encoder
     ortho_every: int = 8  # steps between two computations of L_dir's gradient, used at every one
     regroup_every: int = 250  # steps between two groupings
@@ -83,7 +83,8 @@ class CustomSAEConfig:
     sketch_size: int = 512  # R, columns of the co-activation sketch
     sketch_every: int = 1  # steps between two batches that enter the sketch
     share_min: float = -8.0  # s_g of a badly conditioned group: weight 1 - s_g = 9
-    share_max: float = 0.9  # s_g of an even, well conditioned group, and of all until grouped
+    share_max: float = 1.0  # s_g of an even, well conditioned group, and of all until grouped
+    share_even: float = 0.5  # evenness from which a group counts as even
     kappa_max: float = 2.0  # times the median group's κ: beyond it a group shares less than nothing
     shuffle_domains: bool = False  # control: L_use sees labels without meaning
     # sparse autoencoder
@@ -1886,7 +1887,7 @@ def group_statistics(
 
 
 def sharing(statistics: GroupStatistics, share_min: float, share_max: float, kappa_max: float,
-            kappa_random: float) -> Tensor:
+            kappa_random: float, share_even: float = 1.0) -> Tensor:
     """How much the members of each group share, s_G in [share_min, share_max].
 
     Conditioning is judged without the direction that a group's members have in common, which may
@@ -1894,12 +1895,14 @@ def sharing(statistics: GroupStatistics, share_min: float, share_max: float, kap
     conditioned beyond kappa_max times the median group (or random vectors, where they have more).
     Its members, which fire together and so must be told apart, are pushed apart harder than
     strangers, hardest at as far again beyond the limit as that is beyond random vectors. Every
-    other group shares the more, the more evenly it serves the domains.
+    other group shares the more, the more evenly it serves the domains, and `share_max` from
+    evenness `share_even` on.
     """
     kappa_G = statistics.kappa_own_G
     limit = kappa_max * max(float(kappa_G.median()), kappa_random)
     excess = ((kappa_G - limit) / (limit - kappa_random)).clamp(-1, 1).float()
-    return torch.where(excess > 0, share_min * excess, share_max * statistics.evenness_G)
+    even_G = (statistics.evenness_G / share_even).clamp(max=1)
+    return torch.where(excess > 0, share_min * excess, share_max * even_G)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1974,24 +1977,23 @@ def max_cosine_loss(W_FD: Tensor, generator: torch.Generator, chunk: int = 8192)
 
 
 def use_loss(mean_KF: Tensor, running_KF: Tensor, share_F: Tensor | None = None) -> Tensor:
-    """L_use = Σ_i (1 − s_i) ā^F_i ā^R_i / (‖ā^F‖‖ā^R‖), the mean of it over pairs of domains.
+    """L_use = Σ_i (1 − s_i⁺) u_i · K/(K−1)·(1 − Σ_k p_ki²), a mean Gini impurity.
 
-    The cosine between two domains' use of the dictionary: 0 when no feature serves both. Value
-    and slope are taken at the running means, which are steadier than a batch; the gradient flows
-    through the batch's means along that slope. The slope includes the norms: without them the
-    term could be lowered by shrinking every shared feature, and half of the dictionary dies.
+    u_i is feature i's part of all activation, p_ki the part of its own that is on domain k. 0 when
+    no feature serves two domains, 1 when all serve all alike and none shares. Value and slope are
+    taken at the running means, which are steadier than a batch; the gradient flows through the
+    batch's means along that slope. u_i has none: a feature's use may move between domains, but
+    growing or shrinking it as a whole changes nothing, whether it shares or not. (A cosine
+    of the domains' use falls when what is shared swells, and is nearly all decided by the
+    features that fire on most tokens.)
     """
-    keep_F = 1.0 if share_F is None else 1 - share_F.clamp(min=0)
-    norm_K1 = running_KF.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    unit_KF, batch_KF = running_KF / norm_K1, mean_KF / norm_K1
-    pairs = [(k, m) for k in range(len(mean_KF)) for m in range(k)]
-    value, linear = 0.0, 0.0
-    for k, m in pairs:
-        cosine = (keep_F * unit_KF[k] * unit_KF[m]).sum()
-        value = value + cosine / len(pairs)
-        for one, other in ((k, m), (m, k)):
-            slope_F = keep_F * unit_KF[other] - cosine * unit_KF[one]
-            linear = linear + (slope_F * batch_KF[one]).sum() / len(pairs)
+    K, keep_F = len(running_KF), 1.0 if share_F is None else 1 - share_F.clamp(min=0)
+    total_F = running_KF.sum(0)
+    part_KF = running_KF / total_F.clamp(min=1e-12)
+    pure_F = part_KF.square().sum(0)
+    weight_F = keep_F / total_F.sum().clamp(min=1e-12) * K / (K - 1)
+    value = (weight_F * total_F * (1 - pure_F)).sum()
+    linear = (2 * weight_F * (pure_F - part_KF) * mean_KF).sum()
     return value + linear - linear.detach()
 
 
@@ -2245,7 +2247,8 @@ class CustomTrainer:
         rows_FR = self.sketch.unit_rows().cpu()
         groups = group_features(rows_FR, row.group_size, self.seed)
         statistics = group_statistics(rows_FR, use_KF, W_FD, groups)
-        share = sharing(statistics, row.share_min, row.share_max, row.kappa_max, self.kappa_random)
+        share = sharing(statistics, row.share_min, row.share_max, row.kappa_max,
+                        self.kappa_random, row.share_even)
         for name, found in (("groups_GM", groups), ("share_G", share)):
             self.state[name] = self.team.same_(found.to(self.device))
         self.sketch.decay_(self.SKETCH_MEMORY)
@@ -2457,7 +2460,7 @@ def decoder_metrics(sae: CustomSAE, use_KF: Tensor) -> dict[str, Any]:
     """How far apart features are, by the loss's own measures and by counting.
 
     max_decoder_cosine: mean over features of the largest cosine with another one. l_dir and its
-    floor 1 − D/F; l_use, the cosine of the two domains' use (both unweighted, lower is better).
+    floor 1 − D/F; l_use, the impurity of their use (both unweighted, lower is better).
     duplicates: pairs of cosine > 0.9 that serve different domains (at least nine tenths of the
     use of one is forget text, of the other retain text): general features split into two copies.
     """
@@ -2473,11 +2476,10 @@ def decoder_metrics(sae: CustomSAE, use_KF: Tensor) -> dict[str, Any]:
         largest.append(cosine.max(dim=1).values)
         close = cosine[biology[start : start + 1024]][:, other] > DUPLICATE_COSINE
         duplicates += int(close.sum())
-    unit_KF = nn.functional.normalize(use_KF, dim=1)
     return {
         "max_decoder_cosine": float(torch.cat(largest).mean()),
         "l_dir": float(direction_loss(W_FD)), "l_dir_floor": 1 - sae.d_in / sae.d_sae,
-        "l_use": float((unit_KF[FORGET] * unit_KF[RETAIN]).sum()), "duplicates": duplicates,
+        "l_use": float(use_loss(use_KF, use_KF)), "duplicates": duplicates,
         "forget_features": int(biology.sum()),
     }
 

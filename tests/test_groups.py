@@ -145,13 +145,14 @@ def test_group_statistics_by_hand():
 
 
 def test_sharing_by_hand():
-    def share(evenness, kappa):
+    def share(evenness, kappa, *even):
         rest = [0.1] * len(kappa), evenness, [100.0] * len(kappa)  # κ itself has no say
         parts = (torch.tensor(part) for part in (*rest, kappa))
-        return ex.sharing(ex.GroupStatistics(*parts), -8.0, 0.9, 2.0, 2.0).tolist()
+        return ex.sharing(ex.GroupStatistics(*parts), -8.0, 0.9, 2.0, 2.0, *even).tolist()
 
     # well conditioned: share_max times evenness
     assert share([1.0, 0.5, 0.0], [2.0, 2.5, 1.0]) == pytest.approx([0.9, 0.45, 0.0])
+    assert share([1.0, 0.6, 0.25], [2.0, 2.5, 1.0], 0.5) == pytest.approx([0.9, 0.9, 0.45])
     # beyond twice the median (4): half of share_min at 5, all of it at 6 and beyond
     assert share([1.0, 1.0, 1.0], [2.0, 2.0, 5.0]) == pytest.approx([0.9, 0.9, -4.0])
     assert share([1.0, 1.0, 1.0], [2.0, 2.0, 1e7]) == pytest.approx([0.9, 0.9, -8.0])

@@ -74,11 +74,14 @@ def test_max_cosine_loss_in_chunks_never_pairs_strangers(generator):
 
 
 def test_use_loss_value_and_gradient(generator):
-    """At batch = running, value and gradient are those of Σ(1 − s⁺) a b / (|a||b|) by autograd."""
+    """At batch = running, value and gradient are those of Σ(1 − s⁺) u · 4 p (1 − p) by autograd,
+    with u, a feature's part of all activation, held fixed."""
     running = torch.rand(2, 9, dtype=torch.float64, generator=generator)
     share = torch.linspace(-2, 0.9, 9, dtype=torch.float64)
     plain = running.clone().requires_grad_()
-    expected = ((1 - share.clamp(min=0)) * plain[0] * plain[1]).sum() / plain.norm(dim=1).prod()
+    p = plain[0] / plain.sum(0)
+    u = running.sum(0) / running.sum()
+    expected = ((1 - share.clamp(min=0)) * u * 4 * p * (1 - p)).sum()
     batch = running.clone().requires_grad_()
     loss = ex.use_loss(batch, running, share)
     torch.testing.assert_close(loss, expected)
@@ -87,20 +90,25 @@ def test_use_loss_value_and_gradient(generator):
     torch.testing.assert_close(batch.grad, plain.grad)
 
 
-def test_use_loss_does_not_reward_shrinking(generator):
-    """Scaling all activations leaves the cosine as it is, so the gradient has no part along it."""
-    running = torch.rand(2, 9, dtype=torch.float64, generator=generator)
+def test_use_loss_does_not_reward_shrinking_or_swelling(generator):
+    """Scaling any one feature's activations leaves the term as it is, whatever it shares."""
+    running = torch.rand(3, 9, dtype=torch.float64, generator=generator)
     batch = running.clone().requires_grad_()
-    ex.use_loss(batch, running).backward()
-    assert float((batch.grad * running).sum(1).abs().max()) < 1e-12
+    ex.use_loss(batch, running, torch.linspace(0, 1, 9, dtype=torch.float64)).backward()
+    assert float(batch.grad.abs().max()) > 1e-3
+    assert float((batch.grad * running).sum(0).abs().max()) < 1e-12
 
 
-def test_use_loss_is_zero_for_separate_use_and_a_mean_over_pairs(generator):
+def test_use_loss_by_hand():
+    """Apart: 0. All alike: 1, in any number of domains. One feature of two, used half as much as
+    the other and by both domains alike: a third. Silent features count for nothing."""
     apart = torch.block_diag(torch.rand(1, 4), torch.rand(1, 5))
     assert float(ex.use_loss(apart, apart)) == 0
-    three = torch.rand(3, 6, generator=generator)
-    pairs = [float(ex.use_loss(three[[i, j]], three[[i, j]])) for i, j in ((0, 1), (0, 2), (1, 2))]
-    assert float(ex.use_loss(three, three)) == pytest.approx(sum(pairs) / 3, rel=1e-5)
+    for alike in (torch.ones(2, 6), torch.ones(3, 6), torch.tensor([[1.0, 0], [1, 0]])):
+        assert float(ex.use_loss(alike, alike)) == pytest.approx(1)
+    mixed = torch.tensor([[1.0, 4, 0], [1, 0, 0]])
+    assert float(ex.use_loss(mixed, mixed)) == pytest.approx(1 / 3)
+    assert float(ex.use_loss(mixed, mixed, torch.tensor([0.5, 0, 0]))) == pytest.approx(1 / 6)
 
 
 def test_domain_means_against_dense(generator):
