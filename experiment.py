@@ -75,7 +75,7 @@ class CustomSAEConfig:
     # orthogonality
     orthogonality: str = "adaptive"  # off | fixed | adaptive | max_cosine
     alpha: float = 0.05  # its strength; only the starting value of trainer.alpha
-    eta: float = 2.0  # weight of L_use inside L_orth (adaptive)
+    eta: float = 1.5  # weight of L_use inside L_orth (adaptive)
     ortho_matrix: str = "decoder"  # which weights are kept apart: decoder | encoder
     ortho_every: int = 8  # steps between two computations of L_dir's gradient, used at every one
     regroup_every: int = 250  # steps between two groupings
