@@ -4,8 +4,11 @@
 
 Trains run_2's row with domain labels shuffled among the tokens of every batch (the use term's gain
 must vanish) and takes SAEs that were never trained (their probes show what random features
-give), for each of the runs' seeds. Printed are means ± standard errors, with those of run_8 (off)
-and run_2 (adaptive), and paired differences to run_8. Environment variables and cache are those of
+give), for each of the runs' seeds. Then, for run_8, run_7 and run_2, the unlearning area when a
+feature may only be clamped if it is as rare on the third text (its learn half) as on retain text:
+is it the dictionary that limits unlearning, or that the choice of features does not know what
+else must be spared? Printed are means ± standard errors, with those of run_8 (off) and run_2
+(adaptive), and paired differences to run_8. Environment variables and cache are those of
 experiment.py.
 """
 
@@ -26,6 +29,7 @@ ROWS = {
     "adaptive, labels shuffled": {**ex.RUNS["run_2"], "shuffle_domains": True},
     "not trained": {**ex.RUNS["run_8"], "steps": 0},
 }
+INFORMED = ("run_8", "run_7", "run_2")
 FINISHED = {"off (run_8)": "run_8", "adaptive (run_2)": "run_2"}
 COLUMNS = {
     "l0": "L0", "explained_variance": "explained variance", "l_use": "L_use",
@@ -46,14 +50,20 @@ def prepare() -> tuple[ex.Material, ex.ActivationBuffer]:
     return material, material.activations()
 
 
-def measure(config: ex.CustomSAEConfig, seed: int, material: ex.Material,
-            buffer: ex.ActivationBuffer) -> dict[str, float]:
-    """One SAE's reconstruction, probes and cross-entropy frontier (no questions)."""
+def obtain(config: ex.CustomSAEConfig, seed: int, material: ex.Material,
+           buffer: ex.ActivationBuffer) -> ex.TrainedSAE:
+    """The SAE of a row and seed: from the cache where a run has left it there, else trained."""
     key = ex.digest(config, material.causes, len(buffer), ex.TRAINING_CODE)
     name = f"{material.substrate.name}/runs/{key}"
     trainer = ex.train_sae(config, buffer, seed, material.cache.path(f"{name}/train-{seed}"),
                            ex.Interrupts(), lambda line: None, ex.Team())
-    trained = ex.TrainedSAE(trainer.sae, buffer.scale)
+    return ex.TrainedSAE(trainer.sae, buffer.scale)
+
+
+def measure(config: ex.CustomSAEConfig, seed: int, material: ex.Material,
+            buffer: ex.ActivationBuffer) -> dict[str, float]:
+    """One SAE's reconstruction, probes and cross-entropy frontier (no questions)."""
+    trained = obtain(config, seed, material, buffer)
     use = ex.feature_statistics(trained, buffer, config.frequency_tokens)
     result = ex.reconstruction_metrics(trained.sae, material.heldout_sample() / buffer.scale)
     result |= ex.decoder_metrics(trained.sae, use.use_KF)
@@ -79,6 +89,33 @@ def areas(trained: ex.TrainedSAE, material: ex.Material,
             "unlearning_area_labelled": ex.unlearning_area(*texts[:2])}
 
 
+def third_text(material: ex.Material) -> torch.Tensor:
+    """Residuals [N, D] of `frequency_tokens` of the third text's learn half, sinks left out."""
+    lm, config = material.lm, material.config
+    documents = lm.tokenize(material.corpus["learn"]["other"][:20_000])
+    contexts_RT = ex.pack_contexts(documents, lm.separator, config.context_length)
+    contexts_RT = contexts_RT[: config.frequency_tokens // config.context_length]
+    parts = ex.progress(contexts_RT.split(32), "third text")
+    x_ND = torch.cat([lm.residual(part).flatten(0, 1) for part in parts])
+    return x_ND[x_ND.float().norm(dim=1) < material.sink_norm]
+
+
+@torch.no_grad()
+def informed(config: ex.CustomSAEConfig, seed: int, x_ND: torch.Tensor, material: ex.Material,
+             buffer: ex.ActivationBuffer) -> dict[str, float]:
+    """Areas when a chosen feature must be rare on the third text too."""
+    trained = obtain(config, seed, material, buffer)
+    use = ex.feature_statistics(trained, buffer, config.frequency_tokens)
+    fired_F = torch.zeros(trained.sae.d_sae)
+    for x in x_ND.split(4096):
+        code = trained.sae.sparse_code(x.float() / trained.scale)
+        fired_F += torch.bincount(code.column_N, minlength=len(fired_F))
+    forget_F, retain_F = use.rate_KF
+    rate_KF = torch.stack([forget_F, torch.maximum(retain_F, fired_F / len(x_ND))])
+    found = areas(trained, material, use._replace(rate_KF=rate_KF))
+    return {key: found.get(key, math.nan) for key in COLUMNS}
+
+
 def shown(values: list[float]) -> str:
     if not all(map(math.isfinite, values)):
         return "-"  # not measured for this row
@@ -101,6 +138,13 @@ def main() -> None:
         config = ex.CustomSAEConfig(**{**dataclasses.asdict(material.config), **row})
         seeds = [measure(config, seed, material, buffer) for seed in config.seeds]
         show(name, {key: [seed[key] for seed in seeds] for key in COLUMNS}, off)
+    x_ND, base = third_text(material), None
+    for run in INFORMED:
+        config = ex.resolve_config(run, os.environ.get("SAE_BUDGET", "full"), Path())
+        seeds = [informed(config, seed, x_ND, material, buffer) for seed in config.seeds]
+        table = {key: [seed[key] for seed in seeds] for key in COLUMNS}
+        base = base or table
+        show(f"{run}, chosen knowing the third text", table, base)
 
 
 def show(name: str, table: dict[str, list[float]], off: dict[str, list[float]]) -> None:
