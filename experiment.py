@@ -151,9 +151,9 @@ BUDGETS: dict[str, dict[str, Any]] = {
     "full": {},
     "smoke": dict(
         expansion=2, steps=120, warmup_steps=20, n_seeds=2, learn_tokens=30_000,
-        resample_every=30, checkpoint_every=40, log_every=10, frequency_tokens=8_000,
-        heldout_contexts=24, frontier_contexts=2, question_candidates=16, questions=5,
-        probe_train=80, probe_test=40,
+        regroup_every=40, resample_every=30, checkpoint_every=40, log_every=10,
+        frequency_tokens=8_000, heldout_contexts=24, frontier_contexts=2,
+        question_candidates=16, questions=5, probe_train=80, probe_test=40,
     ),
 }
 THRESHOLDS = (0.001, 0.01)  # unlearning: largest firing frequency on retain text
@@ -1068,6 +1068,8 @@ class ActivationBuffer:
     seed and step alone, so that resuming needs no other state.
     """
 
+    STRETCH = 128  # tokens that `mislabelled` keeps together
+
     def __init__(self, shards: list[tuple[dict[str, Tensor], Any]]):
         sizes = [len(tensors["domain"]) for tensors, _ in shards]
         first = shards[0][0]["acts"]
@@ -1088,18 +1090,22 @@ class ActivationBuffer:
               mislabelled: bool = False) -> tuple[Tensor, Tensor]:
         """Normalised activations z [B, D] float32 and their domains [B]; epochs are reshuffled.
 
-        Of a batch of `size` tokens the `share` is given; `mislabelled` shuffles its domains.
+        Of a batch of `size` tokens the `share` is given. `mislabelled` gives every stretch of text
+        the domain of another: labels as many and as steady as the true ones, without meaning.
         """
         per_epoch = len(self) // size
         epoch, place = divmod(step, per_epoch)
         if self.order[0] != (seed, epoch):
             order = torch.randperm(len(self), generator=randomness("order", seed, epoch))
             self.order = ((seed, epoch), order)
-        index = labelled = self.order[1][place * size : (place + 1) * size]
+        index = self.order[1][place * size : (place + 1) * size][share]
         if mislabelled:
-            labelled = index[torch.randperm(size, generator=randomness("shuffle", seed, step))]
-        z_BD = self.acts_ND[index[share]].float() / self.scale
-        return z_BD, self.domain_N[labelled[share]].long()
+            stretches = self.domain_N[:: self.STRETCH]
+            moved = torch.randperm(len(stretches), generator=randomness("mislabelled", seed))
+            domain_B = stretches[moved[index // self.STRETCH]]
+        else:
+            domain_B = self.domain_N[index]
+        return self.acts_ND[index].float() / self.scale, domain_B.long()
 
     def sample(self, domain: int, size: int) -> Tensor:
         """Up to `size` normalised activations of one domain, always the same ones."""

@@ -1,15 +1,14 @@
 """Controls on the real substrate: what the numbers are worth.
 
-    python bench/controls.py        # beside the finished run_2 and run_8
+    python bench/controls.py        # beside the finished run_2, run_7 and run_8
 
-Trains run_2's row with domain labels shuffled among the tokens of every batch (the use term's gain
-must vanish) and takes SAEs that were never trained (their probes show what random features
-give), for each of the runs' seeds. Then, for run_8, run_7 and run_2, the unlearning area when a
-feature may only be clamped if it is as rare on the third text (its learn half) as on retain text:
-is it the dictionary that limits unlearning, or that the choice of features does not know what
-else must be spared? Printed are means ± standard errors, with those of run_8 (off) and run_2
-(adaptive), and paired differences to run_8. Environment variables and cache are those of
-experiment.py.
+Trains run_2's row with every stretch of text given another's domain (labels as steady as the true
+ones but without meaning: the use term's gain must vanish) and takes SAEs that were never trained
+(their probes show what random features give), for each of the runs' seeds. Then, for the finished
+runs, the unlearning area when a feature may only be clamped if it is as rare on the third text (its
+learn half) as on retain text: is it the dictionary that limits unlearning, or that the choice of
+features does not know what else must be spared? Printed are means ± standard errors and, below
+each line, paired differences to run_8. Environment variables and cache are those of experiment.py.
 """
 
 import dataclasses
@@ -29,8 +28,7 @@ ROWS = {
     "adaptive, labels shuffled": {**ex.RUNS["run_2"], "shuffle_domains": True},
     "not trained": {**ex.RUNS["run_8"], "steps": 0},
 }
-INFORMED = ("run_8", "run_7", "run_2")
-FINISHED = {"off (run_8)": "run_8", "adaptive (run_2)": "run_2"}
+FINISHED = {"off (run_8)": "run_8", "fixed (run_7)": "run_7", "adaptive (run_2)": "run_2"}
 COLUMNS = {
     "l0": "L0", "explained_variance": "explained variance", "l_use": "L_use",
     "duplicates": "duplicates", "unlearning_area": "area",
@@ -92,7 +90,8 @@ def areas(trained: ex.TrainedSAE, material: ex.Material,
 def third_text(material: ex.Material) -> torch.Tensor:
     """Residuals [N, D] of `frequency_tokens` of the third text's learn half, sinks left out."""
     lm, config = material.lm, material.config
-    documents = lm.tokenize(material.corpus["learn"]["other"][:20_000])
+    texts = ex.shuffled(material.corpus["learn"]["other"], "third")  # a dictionary is in order
+    documents = lm.tokenize(texts[: config.frequency_tokens // 8])
     contexts_RT = ex.pack_contexts(documents, lm.separator, config.context_length)
     contexts_RT = contexts_RT[: config.frequency_tokens // config.context_length]
     parts = ex.progress(contexts_RT.split(32), "third text")
@@ -100,7 +99,6 @@ def third_text(material: ex.Material) -> torch.Tensor:
     return x_ND[x_ND.float().norm(dim=1) < material.sink_norm]
 
 
-@torch.no_grad()
 def informed(config: ex.CustomSAEConfig, seed: int, x_ND: torch.Tensor, material: ex.Material,
              buffer: ex.ActivationBuffer) -> dict[str, float]:
     """Areas when a chosen feature must be rare on the third text too."""
@@ -108,7 +106,8 @@ def informed(config: ex.CustomSAEConfig, seed: int, x_ND: torch.Tensor, material
     use = ex.feature_statistics(trained, buffer, config.frequency_tokens)
     fired_F = torch.zeros(trained.sae.d_sae)
     for x in x_ND.split(4096):
-        code = trained.sae.sparse_code(x.float() / trained.scale)
+        with torch.no_grad():
+            code = trained.sae.sparse_code(x.float() / trained.scale)
         fired_F += torch.bincount(code.column_N, minlength=len(fired_F))
     forget_F, retain_F = use.rate_KF
     rate_KF = torch.stack([forget_F, torch.maximum(retain_F, fired_F / len(x_ND))])
@@ -138,13 +137,13 @@ def main() -> None:
         config = ex.CustomSAEConfig(**{**dataclasses.asdict(material.config), **row})
         seeds = [measure(config, seed, material, buffer) for seed in config.seeds]
         show(name, {key: [seed[key] for seed in seeds] for key in COLUMNS}, off)
-    x_ND, base = third_text(material), None
-    for run in INFORMED:
+    x_ND = third_text(material)
+    knowing: dict[str, dict[str, list[float]]] = {}
+    for name, run in FINISHED.items():
         config = ex.resolve_config(run, os.environ.get("SAE_BUDGET", "full"), Path())
         seeds = [informed(config, seed, x_ND, material, buffer) for seed in config.seeds]
-        table = {key: [seed[key] for seed in seeds] for key in COLUMNS}
-        base = base or table
-        show(f"{run}, chosen knowing the third text", table, base)
+        knowing[name] = {key: [seed[key] for seed in seeds] for key in COLUMNS}
+        show(f"{name}, chosen knowing the third text", knowing[name], next(iter(knowing.values())))
 
 
 def show(name: str, table: dict[str, list[float]], off: dict[str, list[float]]) -> None:

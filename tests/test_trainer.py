@@ -243,6 +243,20 @@ def test_shares_make_up_the_batch_and_mislabelled_ones_keep_their_tokens():
         torch.testing.assert_close(torch.cat(both), part, rtol=0, atol=0)
     mixed = buffer.batch(7, 3, 16, mislabelled=True)
     assert torch.equal(mixed[0], whole[0])
-    assert not torch.equal(mixed[1], whole[1])
-    assert torch.equal(mixed[1].sort().values, whole[1].sort().values)
     torch.testing.assert_close(buffer.batch(7, 3, 16, slice(8, 16), True)[1], mixed[1][8:])
+
+
+def test_mislabelled_stretches_are_as_many_and_as_steady_as_the_true_ones():
+    n, stretch = 40, ex.ActivationBuffer.STRETCH
+    z = torch.arange(n * stretch)[:, None] // stretch + 1  # every token tells its stretch
+    true = (z[:, 0] % 3 == 0).long()
+    buffer = ex.ActivationBuffer([({"acts": z.half(), "domain": true}, None)])
+    given = torch.zeros(n + 1, 2)
+    for step in range(2 * n):  # two epochs
+        z_BD, domain = buffer.batch(5, step, stretch, mislabelled=True)
+        stretch_B = (z_BD[:, 0] * buffer.scale).round().long()
+        given += torch.zeros_like(given).index_put_((stretch_B, domain), torch.ones(stretch), True)
+    assert given[1:].sum(1).tolist() == [2 * stretch] * n
+    assert bool((given[1:] == 0).any(1).all())  # a stretch keeps its label
+    assert int((given[1:, 1] > 0).sum()) == n // 3  # as many of each domain
+    assert not torch.equal((given[1:, 1] > 0).long(), true[::stretch])
