@@ -42,7 +42,7 @@ def test_every_mode_trains_on_either_matrix(small_config, mode, matrix):
 
 
 def plain_loss(parts, trainer, z, domain):
-    """The objective by its definition, dense and in float64: the F × F Gram, the plain cosine."""
+    """The objective by its definition, dense and in float64: the F × F Gram, the plain impurity."""
     W_enc, b_enc, W_dec, b_dec = (parts[name] for name in ("W_enc_FD", "b_enc", "W_dec", "b_dec"))
     f = torch.relu((z - b_dec) @ W_enc.T + b_enc)
     loss = (z - f @ W_dec - b_dec).norm(dim=1).mean()
