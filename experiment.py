@@ -1988,10 +1988,9 @@ def use_loss(mean_KF: Tensor, running_KF: Tensor, share_F: Tensor | None = None)
     u_i is feature i's part of all activation, p_ki the part of its own that is on domain k. 0 when
     no feature serves two domains, 1 when all serve all alike and none shares. Value and slope are
     taken at the running means, which are steadier than a batch; the gradient flows through the
-    batch's means along that slope. u_i has none: a feature's use may move between domains, but
-    growing or shrinking it as a whole changes nothing, whether it shares or not. (A cosine
-    of the domains' use falls when what is shared swells, and is nearly all decided by the
-    features that fire on most tokens.)
+    batch's means along that slope. u_i has none, so that neither growing nor
+    shrinking a feature as a whole is rewarded, whether it shares or not. (A cosine of the domains'
+    use falls when what is shared swells, and features that fire on most tokens decide it.)
     """
     K, keep_F = len(running_KF), 1.0 if share_F is None else 1 - share_F.clamp(min=0)
     total_F = running_KF.sum(0)
