@@ -137,6 +137,8 @@ def main() -> None:
         config = ex.CustomSAEConfig(**{**dataclasses.asdict(material.config), **row})
         seeds = [measure(config, seed, material, buffer) for seed in config.seeds]
         show(name, {key: [seed[key] for seed in seeds] for key in COLUMNS}, off)
+    if not material.corpus["learn"]["other"]:
+        return  # this substrate's third text has no learn half
     x_ND = third_text(material)
     knowing: dict[str, dict[str, list[float]]] = {}
     for name, run in FINISHED.items():

@@ -91,7 +91,7 @@ def test_use_loss_value_and_gradient(generator):
 
 
 def test_use_loss_does_not_reward_shrinking_or_swelling(generator):
-    """Scaling any one feature's activations leaves the term as it is, whatever it shares."""
+    """The gradient has no part along any one feature's size, whatever the feature shares."""
     running = torch.rand(3, 9, dtype=torch.float64, generator=generator)
     batch = running.clone().requires_grad_()
     ex.use_loss(batch, running, torch.linspace(0, 1, 9, dtype=torch.float64)).backward()
