@@ -75,14 +75,14 @@ class CustomSAEConfig:
     # orthogonality
     orthogonality: str = "adaptive"  # off | fixed | adaptive | max_cosine
     alpha: float = 0.05  # its strength; only the starting value of trainer.alpha
-    eta: float = 1.5  # weight of L_use inside L_orth (adaptive)
+    eta: float = 4.0  # weight of L_use inside L_orth (adaptive)
     ortho_matrix: str = "decoder"  # which weights are kept apart: decoder | encoder
     ortho_every: int = 8  # steps between two computations of L_dir's gradient, used at every one
-    regroup_every: int = 250  # steps between two groupings
+    regroup_every: int = 250  # steps between two groupings, the first when alpha has ramped up
     group_size: int = 64  # M < D, so that every group has a finite condition number
     sketch_size: int = 512  # R, columns of the co-activation sketch
     sketch_every: int = 1  # steps between two batches that enter the sketch
-    share_min: float = -8.0  # s_g of a badly conditioned group: weight 1 - s_g = 9
+    share_min: float = -8.0  # s_g in direction of a badly conditioned group: weight 1 - s_g = 9
     share_max: float = 1.0  # s_g of an even, well conditioned group, and of all until grouped
     share_even: float = 0.5  # evenness from which a group counts as even
     kappa_max: float = 2.0  # times the median group's κ: beyond it a group shares less than nothing
@@ -1892,23 +1892,30 @@ def group_statistics(
     return GroupStatistics(pairs / (M * (M - 1)), evenness, *kappas)
 
 
-def sharing(statistics: GroupStatistics, share_min: float, share_max: float, kappa_max: float,
-            kappa_random: float, share_even: float = 1.0) -> Tensor:
-    """How much the members of each group share, s_G in [share_min, share_max].
+class Sharing(NamedTuple):
+    """How much the members of each group share, one value a group."""
 
-    Conditioning is judged without the direction that a group's members have in common, which may
-    be how things are: planted groups that share one have a large κ and no fault. A group is badly
-    conditioned beyond kappa_max times the median group (or random vectors, where they have more).
-    Its members, which fire together and so must be told apart, are pushed apart harder than
-    strangers, hardest at as far again beyond the limit as that is beyond random vectors. Every
-    other group shares the more, the more evenly it serves the domains, and `share_max` from
-    evenness `share_even` on.
+    use_G: Tensor  # how far they may serve several domains, in [0, share_max]
+    direction_G: Tensor  # how far they may point alike, in [share_min, share_max]
+
+
+def sharing(statistics: GroupStatistics, share_min: float, share_max: float, share_even: float,
+            kappa_max: float, kappa_random: float) -> Sharing:
+    """Even groups share uses; those of them that are well conditioned share directions too.
+
+    A group shares the more, the more evenly it serves the domains, and `share_max` from evenness
+    `share_even` on. In direction only where it can afford to: a group is badly conditioned beyond
+    kappa_max times the median group (or random vectors, where they have more), and then its
+    members, which fire together and so must be told apart, are pushed apart harder than strangers,
+    hardest at as far again beyond the limit as that is beyond random vectors. Conditioning is
+    judged without the direction that a group's members have in common, which may be how things
+    are: planted groups that share one have a large κ and no fault.
     """
     kappa_G = statistics.kappa_own_G
     limit = kappa_max * max(float(kappa_G.median()), kappa_random)
     excess = ((kappa_G - limit) / (limit - kappa_random)).clamp(-1, 1).float()
-    even_G = (statistics.evenness_G / share_even).clamp(max=1)
-    return torch.where(excess > 0, share_min * excess, share_max * even_G)
+    use_G = share_max * (statistics.evenness_G / share_even).clamp(max=1)
+    return Sharing(use_G, torch.where(excess > 0, share_min * excess, use_G))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1983,7 +1990,7 @@ def max_cosine_loss(W_FD: Tensor, generator: torch.Generator, chunk: int = 8192)
 
 
 def use_loss(mean_KF: Tensor, running_KF: Tensor, share_F: Tensor | None = None) -> Tensor:
-    """L_use = Σ_i (1 − s_i⁺) u_i · K/(K−1)·(1 − Σ_k p_ki²), a mean Gini impurity.
+    """L_use = Σ_i (1 − s_i) u_i · K/(K−1)·(1 − Σ_k p_ki²), a mean Gini impurity.
 
     u_i is feature i's part of all activation, p_ki the part of its own that is on domain k. 0 when
     no feature serves two domains, 1 when all serve all alike and none shares. Value and slope are
@@ -1992,7 +1999,7 @@ def use_loss(mean_KF: Tensor, running_KF: Tensor, share_F: Tensor | None = None)
     shrinking a feature as a whole is rewarded, whether it shares or not. (A cosine of the domains'
     use falls when what is shared swells, and features that fire on most tokens decide it.)
     """
-    K, keep_F = len(running_KF), 1.0 if share_F is None else 1 - share_F.clamp(min=0)
+    K, keep_F = len(running_KF), 1.0 if share_F is None else 1 - share_F
     total_F = running_KF.sum(0)
     part_KF = running_KF / total_F.clamp(min=1e-12)
     pure_F = part_KF.square().sum(0)
@@ -2044,7 +2051,8 @@ class CustomTrainer:
             "silent_F": torch.zeros(sae.d_sae, dtype=torch.long),  # steps since a feature fired
             "groups_GM": torch.arange(sae.d_sae).view(-1, config.group_size),
             # until features are grouped nobody knows what must not be shared
-            "share_G": torch.full((sae.d_sae // config.group_size,), config.share_max),
+            **{name: torch.full((sae.d_sae // config.group_size,), config.share_max)
+               for name in Sharing._fields},
             "l_dir": torch.zeros(()),
             "pull_FD": torch.zeros(0),  # gradient of L_dir when it was last computed
         }
@@ -2141,7 +2149,7 @@ class CustomTrainer:
             return max_cosine_loss(W_FD, randomness("chunks", self.seed, self.step_count))
         if row.orthogonality == "fixed":
             return direction_loss(W_FD)
-        return direction_loss(W_FD, self.state["groups_GM"], self.state["share_G"])
+        return direction_loss(W_FD, self.state["groups_GM"], self.state["direction_G"])
 
     def add_direction_gradient_(self, fired_F: Tensor) -> None:
         """Turn the features that fired. (Adam makes equal steps of small gradients and large ones:
@@ -2154,10 +2162,8 @@ class CustomTrainer:
     def use_term(self, use_KF: Tensor) -> Tensor:
         if self.row.orthogonality != "adaptive" or not self.row.eta:
             return torch.zeros((), device=self.device)
-        share_F = torch.zeros(self.sae.d_sae, device=self.device)
-        share_F[self.state["groups_GM"]] = self.state["share_G"][:, None].expand(
-            self.state["groups_GM"].shape
-        )
+        groups_GM, share_F = self.state["groups_GM"], torch.zeros_like(self.sae.b_enc)
+        share_F[groups_GM] = self.state["use_G"][:, None].expand(groups_GM.shape)
         return use_loss(use_KF, self.running_use(), share_F)
 
     def running_use(self) -> Tensor:
@@ -2238,7 +2244,10 @@ class CustomTrainer:
         self.state["use_KF"][:, dead] = 0
 
     def regroup_if_due_(self) -> None:
-        if self.step_count % self.row.regroup_every == 0:
+        """First when α is at its full strength, whatever `regroup_every`: L_use begins with it."""
+        first = round(self.row.ramp_fraction * self.row.steps)
+        later = self.step_count > first and self.step_count % self.row.regroup_every == 0
+        if self.step_count == first or later:
             self.regroup_()
 
     @torch.no_grad()
@@ -2252,16 +2261,18 @@ class CustomTrainer:
         rows_FR = self.sketch.unit_rows().cpu()
         groups = group_features(rows_FR, row.group_size, self.seed)
         statistics = group_statistics(rows_FR, use_KF, W_FD, groups)
-        share = sharing(statistics, row.share_min, row.share_max, row.kappa_max,
-                        self.kappa_random, row.share_even)
-        for name, found in (("groups_GM", groups), ("share_G", share)):
+        share = sharing(statistics, row.share_min, row.share_max, row.share_even, row.kappa_max,
+                        self.kappa_random)
+        for name, found in (("groups_GM", groups), *share._asdict().items()):
             self.state[name] = self.team.same_(found.to(self.device))
         self.sketch.decay_(self.SKETCH_MEMORY)
         kappa = statistics.kappa_G
         self.record({
             "kappa_median": float(kappa.median()), "kappa_p90": float(kappa.quantile(0.9)),
-            "kappa_max": float(kappa.max()), "share_mean": float(share.mean()),
-            "share_min": float(share.min()), "share_max": float(share.max()),
+            "kappa_max": float(kappa.max()), "share_use": float(share.use_G.mean()),
+            "share_mean": float(share.direction_G.mean()),
+            "share_min": float(share.direction_G.min()),
+            "share_max": float(share.direction_G.max()),
             "coactivation": float(statistics.coactivation_G.mean()),
             "evenness": float(statistics.evenness_G.mean()),
         })

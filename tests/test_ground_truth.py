@@ -95,10 +95,14 @@ def test_training_finds_the_dictionary():
     assert len(gt.table({name: [scores] for name, scores in found.items()}).splitlines()) == 6
 
 
-def test_the_use_term_makes_features_purer():
-    """At four: the study's η is what one percent of explained variance allows on real text."""
+def test_the_use_term_makes_features_purer_and_sharing_restrains_it():
+    """By itself it also splits general features in two, which is what sharing is for."""
     lines = {"off": dict(orthogonality="off", alpha=0.0),
-             "use": dict(orthogonality="adaptive", alpha=0.05, eta=4.0)}
-    purity = {name: scores[0]["purity"]
-              for name, scores in gt.measure(WORLD, CONFIG, lines, [0]).items()}
-    assert purity["use"] > purity["off"] + 0.03
+             "shared": dict(orthogonality="adaptive", alpha=0.05),
+             "not shared": dict(orthogonality="adaptive", alpha=0.05, share_max=0.0)}
+    found = {name: scores[0] for name, scores in gt.measure(WORLD, CONFIG, lines, [0]).items()}
+    purity, split, evenness = ({name: scores[key] for name, scores in found.items()}
+                               for key in ("purity", "split", "evenness"))
+    assert purity["not shared"] > purity["off"] + 0.05
+    assert split["shared"] < split["not shared"]
+    assert evenness["shared"] > evenness["not shared"] + 0.2

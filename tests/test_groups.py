@@ -145,10 +145,13 @@ def test_group_statistics_by_hand():
 
 
 def test_sharing_by_hand():
-    def share(evenness, kappa, *even):
+    def share(evenness, kappa, even=1.0):
         rest = [0.1] * len(kappa), evenness, [100.0] * len(kappa)  # κ itself has no say
         parts = (torch.tensor(part) for part in (*rest, kappa))
-        return ex.sharing(ex.GroupStatistics(*parts), -8.0, 0.9, 2.0, 2.0, *even).tolist()
+        found = ex.sharing(ex.GroupStatistics(*parts), -8.0, 0.9, even, 2.0, 2.0)
+        for use, evenly in zip(found.use_G.tolist(), evenness):  # nor has any κ in use
+            assert use == pytest.approx(0.9 * min(1, evenly / even))
+        return found.direction_G.tolist()
 
     # well conditioned: share_max times evenness
     assert share([1.0, 0.5, 0.0], [2.0, 2.5, 1.0]) == pytest.approx([0.9, 0.45, 0.0])
@@ -169,7 +172,8 @@ def test_sharing_stays_in_its_bounds_and_zero_bounds_switch_it_off():
         torch.full((50,), 100.0),
         1 + 9 * torch.rand(50, generator=g),
     )
-    share = ex.sharing(parts, -2.0, 0.5, 1.5, 2.0)
-    assert -2 <= float(share.min()) < 0
-    assert 0 < float(share.max()) <= 0.5
-    assert ex.sharing(parts, 0.0, 0.0, 1.5, 2.0).abs().max() == 0
+    share = ex.sharing(parts, -2.0, 0.5, 1.0, 1.5, 2.0)
+    assert -2 <= float(share.direction_G.min()) < 0
+    assert 0 < float(share.direction_G.max()) <= 0.5
+    assert 0 <= float(share.use_G.min()) < float(share.use_G.max()) <= 0.5
+    assert all(part.abs().max() == 0 for part in ex.sharing(parts, 0.0, 0.0, 1.0, 1.5, 2.0))

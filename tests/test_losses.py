@@ -74,14 +74,14 @@ def test_max_cosine_loss_in_chunks_never_pairs_strangers(generator):
 
 
 def test_use_loss_value_and_gradient(generator):
-    """At batch = running, value and gradient are those of Σ(1 − s⁺) u · 4 p (1 − p) by autograd,
+    """At batch = running, value and gradient are those of Σ(1 − s) u · 4 p (1 − p) by autograd,
     with u, a feature's part of all activation, held fixed."""
     running = torch.rand(2, 9, dtype=torch.float64, generator=generator)
-    share = torch.linspace(-2, 0.9, 9, dtype=torch.float64)
+    share = torch.linspace(0, 1, 9, dtype=torch.float64)
     plain = running.clone().requires_grad_()
     p = plain[0] / plain.sum(0)
     u = running.sum(0) / running.sum()
-    expected = ((1 - share.clamp(min=0)) * u * 4 * p * (1 - p)).sum()
+    expected = ((1 - share) * u * 4 * p * (1 - p)).sum()
     batch = running.clone().requires_grad_()
     loss = ex.use_loss(batch, running, share)
     torch.testing.assert_close(loss, expected)

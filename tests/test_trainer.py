@@ -57,8 +57,9 @@ def plain_loss(parts, trainer, z, domain):
     weight = 1 - torch.eye(F, dtype=torch.float64)
     share = torch.zeros(F, dtype=torch.float64)
     if row.orthogonality == "adaptive":
-        for group, s in zip(trainer.state["groups_GM"], trainer.state["share_G"].double()):
-            share[group] = s.clamp(min=0)
+        state = trainer.state
+        for group, s, use in zip(state["groups_GM"], state["direction_G"].double(), state["use_G"]):
+            share[group] = use.double()
             weight[group[:, None], group] *= 1 - s
     l_dir = (weight * cosine.square()).sum() * D / F**2
     if row.orthogonality == "max_cosine":
@@ -90,7 +91,8 @@ def test_a_steps_gradients_equal_the_plain_dense_float64_ones(small_config, mode
     trainer.step_count, trainer.l0 = 560, 12.0
     order = torch.randperm(128, generator=ex.randomness("groups"))
     trainer.state["groups_GM"] = order.view(16, 8)
-    trainer.state["share_G"] = torch.linspace(-8, 0.9, 16)
+    trainer.state["direction_G"] = torch.linspace(-8, 0.9, 16)
+    trainer.state["use_G"] = torch.linspace(1, 0, 16)
     assert trainer.is_sparse()
     assert trainer.ramp() == 1
     before = {name: part.detach().double().requires_grad_()
@@ -121,6 +123,21 @@ def test_use_term_separates_use(small_config):
         use = run(config)[0].running_use()
         l_use[eta] = float(ex.use_loss(use, use))
     assert l_use[10.0] < 0.5 * l_use[0.0]
+
+
+@pytest.mark.parametrize(("every", "expected"), [(20, [12, 20, 40, 60]), (50, [12, 50])])
+def test_features_are_first_grouped_when_alpha_is_at_its_full_strength(small_config, every,
+                                                                       expected):
+    """Whatever the interval."""
+    trainer, _ = run(dataclasses.replace(small_config, regroup_every=every, ramp_fraction=0.2))
+    assert [line["step"] for line in trainer.history if "kappa_median" in line] == expected
+
+
+def test_the_use_term_begins_with_the_first_grouping(small_config):
+    config = dataclasses.replace(small_config, ramp_fraction=0.2, share_even=10.0)
+    _, before = run(config, steps=12)
+    _, after = run(config, steps=13)
+    assert before["l_use"] == 0 < after["l_use"]
 
 
 def test_a_changed_alpha_trains_differently_and_is_what_is_recorded(small_config):
