@@ -1,14 +1,16 @@
 """Controls on the real substrate: what the numbers are worth.
 
-    python bench/controls.py        # beside the finished run_2, run_7 and run_8
+    python bench/controls.py        # beside the finished run_4, run_7, run_8 and run_10
 
-Trains run_2's row with every stretch of text given another's domain (labels as steady as the true
+Trains run_4's row with every stretch of text given another's domain (labels as steady as the true
 ones but without meaning: the use term's gain must vanish) and takes SAEs that were never trained
-(their probes show what random features give), for each of the runs' seeds. Then, for the finished
-runs, the unlearning area when a feature may only be clamped if it is as rare on the third text (its
-learn half) as on retain text: is it the dictionary that limits unlearning, or that the choice of
-features does not know what else must be spared? Printed are means ± standard errors and, below
-each line, paired differences to run_8. Environment variables and cache are those of experiment.py.
+(their probes show what random features give), for each of the runs' seeds; and vanilla SAEs on the
+seeds of run_10, which no choice had seen, to compare it with. Then, for the finished runs, the
+unlearning area when a feature may only be clamped if it is as rare on the third text (its learn
+half) as on retain text: is it the dictionary that limits unlearning, or that the choice of features
+does not know what else must be spared? Printed are means ± standard errors and, below each line,
+paired differences to the vanilla SAEs of the same seeds. Environment variables and cache are those
+of experiment.py.
 """
 
 import dataclasses
@@ -24,11 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import experiment as ex
 
+OFF, FRESH = "off (run_8)", "off, run_10's seeds"
 ROWS = {
-    "adaptive, labels shuffled": {**ex.RUNS["run_2"], "shuffle_domains": True},
+    "adaptive, labels shuffled": {**ex.RUNS["run_4"], "shuffle_domains": True},
     "not trained": {**ex.RUNS["run_8"], "steps": 0},
+    FRESH: {**ex.RUNS["run_8"], "first_seed": ex.RUNS["run_10"]["first_seed"]},
 }
-FINISHED = {"off (run_8)": "run_8", "fixed (run_7)": "run_7", "adaptive (run_2)": "run_2"}
+FINISHED = {OFF: "run_8", "fixed (run_7)": "run_7", "adaptive (run_4)": "run_4",
+            "adaptive (run_10)": "run_10"}
+PARTNERS = {FRESH: FRESH, "adaptive (run_10)": FRESH}  # of the same seeds; of all others OFF
 COLUMNS = {
     "l0": "L0", "explained_variance": "explained variance", "l_use": "L_use",
     "duplicates": "duplicates", "unlearning_area": "area",
@@ -128,31 +134,32 @@ def main() -> None:
         sys.exit(f"error: no finished {', '.join(missing)} here; run them first")
     tables = {name: {key: [row[key] for row in info["seeds"]] for key in COLUMNS}
               for name, info in found.items()}
-    off = next(iter(tables.values()))
-    print("| |", " | ".join(COLUMNS.values()), "|\n|---" + "|---" * len(COLUMNS) + "|")
-    for name, table in tables.items():
-        show(name, table, off)
     material, buffer = prepare()
     for name, row in ROWS.items():
         config = ex.CustomSAEConfig(**{**dataclasses.asdict(material.config), **row})
         seeds = [measure(config, seed, material, buffer) for seed in config.seeds]
-        show(name, {key: [seed[key] for seed in seeds] for key in COLUMNS}, off)
+        tables[name] = {key: [seed[key] for seed in seeds] for key in COLUMNS}
+    show(tables)
     if not material.corpus["learn"]["other"]:
         return  # this substrate's third text has no learn half
     x_ND = third_text(material)
-    knowing: dict[str, dict[str, list[float]]] = {}
-    for name, run in FINISHED.items():
-        config = ex.resolve_config(run, os.environ.get("SAE_BUDGET", "full"), Path())
+    knowing = {}
+    for name in (OFF, "fixed (run_7)", "adaptive (run_4)"):
+        config = ex.resolve_config(FINISHED[name], os.environ.get("SAE_BUDGET", "full"), Path())
         seeds = [informed(config, seed, x_ND, material, buffer) for seed in config.seeds]
         knowing[name] = {key: [seed[key] for seed in seeds] for key in COLUMNS}
-        show(f"{name}, chosen knowing the third text", knowing[name], next(iter(knowing.values())))
+    print("\nFeatures chosen knowing the third text:")
+    show(knowing)
 
 
-def show(name: str, table: dict[str, list[float]], off: dict[str, list[float]]) -> None:
-    print(f"| {name} |", " | ".join(shown(values) for values in table.values()), "|", flush=True)
-    if table is not off:
-        gaps = [[a - b for a, b in zip(table[key], off[key])] for key in COLUMNS]
-        print("| minus off |", " | ".join(shown(gap) for gap in gaps), "|", flush=True)
+def show(tables: dict[str, dict[str, list[float]]]) -> None:
+    print("| |", " | ".join(COLUMNS.values()), "|\n|---" + "|---" * len(COLUMNS) + "|")
+    for name, table in tables.items():
+        print(f"| {name} |", " | ".join(shown(values) for values in table.values()), "|")
+        partner = PARTNERS.get(name, OFF)
+        if name != partner:
+            gaps = [[a - b for a, b in zip(table[key], tables[partner][key])] for key in COLUMNS]
+            print("| minus off |", " | ".join(shown(gap) for gap in gaps), "|", flush=True)
 
 
 if __name__ == "__main__":
