@@ -5,12 +5,12 @@
 Trains run_4's row with every stretch of text given another's domain (labels as steady as the true
 ones but without meaning: the use term's gain must vanish) and takes SAEs that were never trained
 (their probes show what random features give), for each of the runs' seeds; and vanilla SAEs on the
-seeds of run_10, which no choice had seen, to compare it with. Then, for the finished runs, the
-unlearning area when a feature may only be clamped if it is as rare on the third text (its learn
-half) as on retain text: is it the dictionary that limits unlearning, or that the choice of features
-does not know what else must be spared? Printed are means ± standard errors and, below each line,
-paired differences to the vanilla SAEs of the same seeds. Environment variables and cache are those
-of experiment.py.
+seeds of run_10, which no choice had seen, to compare it with. Then, for these two, the unlearning
+area when a feature may only be clamped if it is as rare on the third text (its learn half) as on
+retain text: is it the dictionary that limits unlearning, or that the choice of features does not
+know what else must be spared? Printed are means ± standard errors and, below each line, paired
+differences to the vanilla SAEs of the same seeds. Environment variables and cache are those of
+experiment.py.
 """
 
 import dataclasses
@@ -135,18 +135,20 @@ def main() -> None:
     tables = {name: {key: [row[key] for row in info["seeds"]] for key in COLUMNS}
               for name, info in found.items()}
     material, buffer = prepare()
-    for name, row in ROWS.items():
-        config = ex.CustomSAEConfig(**{**dataclasses.asdict(material.config), **row})
+    configs = {name: ex.CustomSAEConfig(**{**dataclasses.asdict(material.config), **row})
+               for name, row in ROWS.items()}
+    for name, config in configs.items():
         seeds = [measure(config, seed, material, buffer) for seed in config.seeds]
         tables[name] = {key: [seed[key] for seed in seeds] for key in COLUMNS}
     show(tables)
     if not material.corpus["learn"]["other"]:
         return  # this substrate's third text has no learn half
-    x_ND = third_text(material)
-    knowing = {}
-    for name in (OFF, "fixed (run_7)", "adaptive (run_4)"):
-        config = ex.resolve_config(FINISHED[name], os.environ.get("SAE_BUDGET", "full"), Path())
-        seeds = [informed(config, seed, x_ND, material, buffer) for seed in config.seeds]
+    x_ND, knowing = third_text(material), {}
+    budget = os.environ.get("SAE_BUDGET", "full")
+    configs["adaptive (run_10)"] = ex.resolve_config("run_10", budget, Path())
+    for name in (FRESH, "adaptive (run_10)"):
+        seeds = [informed(configs[name], seed, x_ND, material, buffer)
+                 for seed in configs[name].seeds]
         knowing[name] = {key: [seed[key] for seed in seeds] for key in COLUMNS}
     print("\nFeatures chosen knowing the third text:")
     show(knowing)
