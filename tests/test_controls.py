@@ -1,0 +1,74 @@
+"""The study's controls: they read what runs leave in the cache, and change one thing at a time."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import experiment as ex
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+
+import controls
+
+
+@pytest.fixture
+def bench(job):
+    """Beside a finished run_8 of the small main job."""
+    assert job("run_8") == 0
+    return controls.Bench()
+
+
+def forbidden(*_):
+    raise AssertionError("what a run has left in the cache is computed again")
+
+
+def test_a_finished_run_is_read_from_the_cache_and_differs_from_itself_by_nothing(
+        bench, monkeypatch, capsys):
+    for name in ("evaluate_unlearning", "evaluate_sparse_probing", "write_tensors"):
+        monkeypatch.setattr(ex, name, forbidden)
+    found = bench.evaluated(bench.row("run_8"))
+    finished = ex.read_result(Path("run_8"))
+    for row, theirs in zip(controls.as_info(found)["seeds"], finished["seeds"], strict=True):
+        assert row == {key: value for key, value in theirs.items() if key != "final_loss"}
+    controls.show("again", found, finished)
+    means, gaps = capsys.readouterr().out.splitlines()
+    assert f"{finished['means']['explained_variance']:.3f} ±" in means
+    assert set(gaps.split(" | ")[1:]) <= {"+0.000 (+0.000 to +0.000)", "-",
+                                          "+0.000 (+0.000 to +0.000) |", "- |"}
+
+
+def test_the_use_term_alone_pulls_at_no_direction(bench):
+    both, alone = bench.row("run_4"), bench.row("run_4", **controls.USE_ALONE)
+    assert alone.alpha * alone.eta == pytest.approx(both.alpha * both.eta)
+    assert alone.alpha < 1e-4 * both.alpha
+    assert {key for key, value in vars(alone).items() if value != vars(both)[key]} == {
+        "alpha", "eta"}
+
+
+def test_an_informed_choice_spares_what_the_third_text_uses(bench):
+    """With forget text itself in the third text's place, no frequent feature may be chosen."""
+    config = bench.row("run_8")
+    x_ND = bench.buffer.sample(ex.FORGET, config.frequency_tokens) * bench.buffer.scale
+    plain, found = bench.evaluated(config), bench.informed(config, x_ND)
+    for seed, trained in bench.trained(config).items():
+        rate_F = controls.firing_rate(trained, x_ND)
+        for threshold in ex.THRESHOLDS:
+            spared = found[seed]["unlearning"]["selected"][str(threshold)]
+            assert (rate_F[torch.tensor(spared, dtype=torch.long)] < threshold).all()
+        loosest = plain[seed]["unlearning"]["selected"][str(max(ex.THRESHOLDS))]
+        assert float(rate_F[loosest].max()) > min(ex.THRESHOLDS)
+        assert found[seed]["reconstruction"] == plain[seed]["reconstruction"]
+
+
+def test_an_interrupted_command_goes_on_where_it_was(bench, monkeypatch, capsys):
+    monkeypatch.setattr(controls, "FRESH", {"vanilla": "run_8", "other": "run_4"})
+    monkeypatch.setattr(controls, "CHANGED", {"not trained": ("run_8", {"steps": 0})})
+    controls.main()
+    first = capsys.readouterr().out
+    assert first.count("minus vanilla") == 2
+    assert "| vanilla (4) |" in first
+    monkeypatch.setattr(ex, "write_tensors", forbidden)
+    controls.main()
+    assert capsys.readouterr().out == first
