@@ -50,6 +50,7 @@ try:
     import requests
     import safetensors.torch
     import scipy.sparse
+    import scipy.stats
     import torch
     import torch.distributed as dist
     import transformers
@@ -3001,48 +3002,64 @@ def sae_bench_part(run: str, config: CustomSAEConfig, material: Material, means:
     }
 
 
-def compare(rows: list[dict], samples: list[dict], other: dict[str, Any]) -> dict[str, Any] | None:
-    """Paired differences to a finished run with the same seeds: mean, standard error, interval.
+SAMPLED = {  # metrics of texts or questions: the statistic, its units, and their domains
+    "unlearning_area": (unlearning_area, "rise", DOMAINS),
+    "unlearning_area_labelled": (unlearning_area, "rise", DOMAINS[:OTHER]),
+    "accuracy_area": (accuracy_area, "right", DOMAINS[:OTHER]),
+    "unlearning_score": (official_score, "right", DOMAINS[:OTHER]),
+}
 
-    Intervals (95 %) resample seeds, and for the unlearning area also the texts.
+
+def compare(rows: list[dict], samples: list[dict], other: dict[str, Any]) -> dict[str, Any] | None:
+    """Paired differences to a finished run with the same seeds: mean, standard error over seeds,
+    95 % interval.
+
+    Student's t over seeds (a bootstrap of three gives but their range). Where a metric is of texts
+    or questions, which all seeds share, their sampling error is added: (t·σ_s)² + (1.96·σ_t)².
     """
     theirs = {row["seed"]: row for row in other["seeds"]}
     if [row["seed"] for row in rows] != list(theirs):
         return None
-    rng, result = np.random.default_rng(0), {}
+    result: dict[str, Any] = {}
+    their_samples = [part["samples"] for part in other["unlearning"]["per_seed"]]
     for name in rows[0]:
         pairs = [(row[name], theirs[row["seed"]].get(name)) for row in rows]
         if name == "seed" or any(value is None for pair in pairs for value in pair):
             continue
         gaps = np.array([ours - their for ours, their in pairs])
-        draws = rng.choice(gaps, (1000, len(gaps))).mean(1)
-        stderr = float(gaps.std(ddof=1) / math.sqrt(len(gaps))) if len(gaps) > 1 else None
-        result[name] = {"difference": float(gaps.mean()), "stderr": stderr,
-                        "low": float(np.quantile(draws, 0.025)),
-                        "high": float(np.quantile(draws, 0.975))}
-    theirs_by_text = [part["samples"] for part in other["unlearning"]["per_seed"]]
-    kinds = [name for name in DOMAINS if np.size(samples[0][f"{name}_rise"])]
-    same = all(np.shape(samples[0][f"{name}_rise"]) == np.shape(theirs_by_text[0].get(
-        f"{name}_rise")) for name in kinds)
-    if "unlearning_area" in result and same:
-        draws = [paired_area_gap(rng, samples, theirs_by_text, kinds) for _ in range(300)]
-        low, high = np.quantile(draws, (0.025, 0.975))
-        result["unlearning_area"] |= {"low": float(low), "high": float(high)}
+        found = result[name] = dict.fromkeys(("difference", "stderr", "low", "high"))
+        mean = found["difference"] = float(gaps.mean())
+        if len(gaps) > 1:
+            stderr = found["stderr"] = float(gaps.std(ddof=1) / math.sqrt(len(gaps)))
+            half = stderr * float(scipy.stats.t.ppf(0.975, len(gaps) - 1))
+            if name in SAMPLED:
+                half = math.hypot(half, 1.96 * sampling_error(name, samples, their_samples))
+            found |= {"low": mean - half, "high": mean + half}
     return result
 
 
-def paired_area_gap(rng: np.random.Generator, ours: list[dict], theirs: list[dict],
-                    kinds: list[str]) -> float:
-    """One bootstrap draw of the difference in area: seeds and texts resampled, the same in both."""
-    chosen = {name: rng.integers(0, n, n) for name in kinds
-              for n in [len(ours[0][f"{name}_rise"][0])]}
+def sampling_error(name: str, ours: list[dict], theirs: list[dict], draws: int = 200) -> float:
+    """Standard deviation of the mean paired difference when texts (or questions) are resampled,
+    the same ones for all SAEs; 0 when the two sides were not measured on the same number."""
+    statistic, kind, domains = SAMPLED[name]
 
-    def area(sample: dict) -> float:
-        return unlearning_area(*(np.array(sample[f"{name}_rise"])[:, chosen[name]]
-                                 for name in kinds))
+    def parts(sample: dict) -> list[np.ndarray]:
+        found = (np.array([list(map(float, row)) for row in sample[f"{domain}_{kind}"]])
+                 for domain in domains)
+        return [part for part in found if part.size]
 
-    seeds = rng.integers(0, len(ours), len(ours))
-    return float(np.mean([area(ours[i]) - area(theirs[i]) for i in seeds]))
+    sides = [[parts(sample) for sample in samples] for samples in (ours, theirs)]
+    if len({tuple(part.shape for part in one) for side in sides for one in side}) > 1:
+        return 0.0
+    rng = np.random.default_rng(0)
+
+    def gap() -> float:
+        picks = [rng.integers(0, part.shape[1], part.shape[1]) for part in sides[0][0]]
+        mine, other = (np.mean([statistic(*(part[:, pick] for part, pick in zip(one, picks)))
+                                for one in side]) for side in sides)
+        return mine - other
+
+    return float(np.std([gap() for _ in range(draws)], ddof=1))
 
 
 def environment(material: Material) -> dict[str, Any]:

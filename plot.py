@@ -58,7 +58,7 @@ TOKENS = "training tokens (millions)"
 TABLE_HEAD = ["run", "L0", "expl. var.", "CE score", "area ± se", "area - vanilla",
               "area - fixed", "κ med / p90", "top-5 probe", "duplicates"]
 TABLE_NOTE = ("Area (nats) is the primary number. Differences are paired over seeds, with the 95 %"
-              "\nbootstrap interval if the run has one, or ± standard error; † no seed in common.")
+              "\ninterval if the run has one, or ± standard error; † no seed in common.")
 
 
 # --- Reading: whatever lies in a folder becomes clean numbers, NaN, or a reason ------------------

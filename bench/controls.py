@@ -1,6 +1,6 @@
 """Controls on the real substrate: what the study's numbers are worth.
 
-    python bench/controls.py        # beside the finished runs 1-5, 8 and 10
+    python bench/controls.py        # beside a finished run_8
 
 On six seeds that no choice had seen, run_10's and three more: the vanilla row, run_3's and run_4's.
 On the runs' own seeds, run_4's row with the use term alone (no pull on directions), the same with

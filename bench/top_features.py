@@ -1,9 +1,10 @@
 """What the features that unlearning clamps stand for: the contexts in which they fire most.
 
-    python bench/top_features.py run_8 run_2        # finished runs; their first seed
+    python bench/top_features.py run_8 run_10       # finished runs; their first seed
 
-For every run the features chosen at the looser threshold, most frequent first, with the share of
-held-out tokens of each domain on which they fire, and their strongest tokens in context, marked.
+For every run the features chosen at the looser threshold, most frequent on forget text's learn half
+first, with the share of held-out tokens of each domain on which they fire, and their strongest
+tokens in context, marked.
 A reader should see the knowledge that is to go, and nothing else. Environment variables and cache
 are those of experiment.py.
 """
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from controls import prepare
+from controls import Bench
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -55,6 +56,6 @@ def show(run: Path, material: ex.Material) -> None:
 
 
 if __name__ == "__main__":
-    shared, _ = prepare()
+    shared = Bench().material
     for name in sys.argv[1:]:
         show(Path(name), shared)

@@ -11,6 +11,7 @@ import experiment as ex
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
 import controls
+import top_features
 
 
 @pytest.fixture
@@ -72,3 +73,24 @@ def test_an_interrupted_command_goes_on_where_it_was(bench, monkeypatch, capsys)
     monkeypatch.setattr(ex, "write_tensors", forbidden)
     controls.main()
     assert capsys.readouterr().out == first
+
+
+def test_top_features_show_where_the_chosen_ones_fire(bench, capsys):
+    top_features.show(Path("run_8"), bench.material)
+    unlearning = ex.read_result(Path("run_8"))["unlearning"]["per_seed"][0]
+    chosen = unlearning["selected"][str(max(ex.THRESHOLDS))][: top_features.FEATURES]
+    lines = capsys.readouterr().out.splitlines()
+    titles = [line for line in lines if line.startswith("  feature")]
+    assert [int(line.split()[1].rstrip(":")) for line in titles] == chosen != []
+    shares = [float(line.split("forget ")[1].split("%")[0]) for line in titles]
+    assert shares[0] > 0
+    assert sum(line.count("[") for line in lines) >= len(chosen)  # the token is marked
+
+
+def test_top_features_mark_the_strongest_token_of_a_context(bench):
+    tokens_CT = bench.material.heldout["tokens"][:5]
+    f_CT = torch.zeros(tokens_CT.shape)
+    f_CT[3, 7] = 2.0
+    tokenizer = bench.material.lm.tokenizer
+    first = top_features.examples(f_CT, tokens_CT, tokenizer)[0]
+    assert f"[{tokenizer.decode([int(tokens_CT[3, 7])])}]" in first

@@ -1,6 +1,7 @@
 """Metrics against closed forms and hand-worked cases."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -223,19 +224,51 @@ def test_pooling_is_a_mean_over_each_texts_tokens():
     assert texts.pooled(ex.add_rows_, 1).ravel().tolist() == [2, 0, 10]
 
 
-def test_compare_pairs_seeds():
-    rows = [{"seed": s, "x": s + 1.0, "unlearning_area": 2.0} for s in range(3)]
-    cost = {"retain_rise": [[0.3, 0.3]], "other_rise": [[0.1]]}
-    sample = {"forget_rise": [[1.0, 1.0]], **cost}
-    other = {
-        "seeds": [{"seed": s, "x": float(s), "unlearning_area": 1.0} for s in range(3)],
-        "unlearning": {"per_seed": [{"samples": sample}] * 3},
-    }
-    ours = [{"forget_rise": [[2.0, 2.0]], **cost}] * 3
-    found = ex.compare(rows, ours, other)
-    assert found["x"] == {"difference": 1.0, "stderr": 0.0, "low": 1.0, "high": 1.0}
-    assert found["unlearning_area"]["low"] == pytest.approx(0.5)
-    assert ex.compare(rows[:2], ours, other) is None
+def compared(gains, ours, theirs):
+    """`ex.compare` of SAEs whose seeds differ by `gains`, each with the same samples."""
+    names = ("x", *ex.SAMPLED)
+    rows, base = ([{"seed": s, **dict.fromkeys(names, value)} for s, value in enumerate(values)]
+                  for values in (gains, [0.0] * len(gains)))
+    other = {"seeds": base, "unlearning": {"per_seed": [{"samples": theirs}] * len(gains)}}
+    return ex.compare(rows, [ours] * len(gains), other)
+
+
+def sample(rises, rights):
+    return {"forget_rise": [rises], "retain_rise": [[0.3] * len(rises)], "other_rise": [],
+            "forget_right": [rights], "retain_right": ["1" * len(rights)]}
+
+
+def test_compare_pairs_seeds_and_gives_students_interval():
+    same = sample([1.0, 1.0], "01")
+    found = compared([1.0, 2.0, 3.0], same, same)["x"]
+    half = 4.30265 / math.sqrt(3)  # t of two degrees of freedom, of a table
+    expected = {"difference": 2.0, "stderr": 1 / math.sqrt(3), "low": 2 - half, "high": 2 + half}
+    assert found == pytest.approx(expected, abs=1e-4)
+    alone = compared([1.0], same, same)["x"]
+    assert alone == {"difference": 1.0, "stderr": None, "low": None, "high": None}
+    rows = [{"seed": 0, "x": 1.0}]
+    other = {"seeds": [{"seed": 1, "x": 1.0}], "unlearning": {"per_seed": []}}
+    assert ex.compare(rows, [], other) is None
+
+
+def test_intervals_count_the_texts_and_questions_that_all_seeds_share():
+    """Resampling what is the same everywhere changes nothing; else its known error is added."""
+    rng = np.random.default_rng(0)
+    rises = rng.normal(2.0, 1.0, 400).clip(0.01)
+    rights = "".join(map(str, rng.integers(0, 2, 400)))
+    nothing = sample([0.0] * 400, "1" * 400)
+    found = compared([1.0] * 3, sample(list(rises), rights), nothing)
+    assert found["x"]["low"] == found["x"]["high"] == 1.0  # no text nor question in it
+    # one setting at cost 0.3: the area is half the mean rise; the score is all that is lost
+    for name, error in (("unlearning_area", 0.5 * rises.std() / 20),
+                        ("unlearning_area_labelled", 0.5 * rises.std() / 20),
+                        ("unlearning_score", 0.5 / 20), ("accuracy_area", 0.5 / 20)):
+        assert found[name]["high"] - 1 == pytest.approx(1.96 * error, rel=0.2)
+        assert found[name]["stderr"] == 0  # over seeds
+    both = compared([1.0] * 3, sample(list(rises + 1), rights), sample(list(rises), rights))
+    assert both["unlearning_area"]["high"] == pytest.approx(1, abs=1e-6)  # all gain the same
+    other = compared([1.0] * 3, sample(list(rises), rights), sample([0.0], "1"))
+    assert other["unlearning_area"]["low"] == 1.0  # not the same texts: over seeds alone
 
 
 def test_collapsed_saes_give_defined_numbers():
