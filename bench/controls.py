@@ -2,7 +2,7 @@
 
     python bench/controls.py        # beside a finished run_8
 
-On six seeds that no choice had seen, run_10's and three more: the vanilla row, run_3's and run_4's.
+On six seeds that no choice had seen, run_10's and three more: the rows of runs 8, 4, 3 and 7.
 On the runs' own seeds, run_4's row with the use term alone (no pull on directions), the same with
 every stretch of text given another's domain (labels as steady as the true ones but without meaning:
 what the labels gained must vanish), and SAEs that were never trained (what random features give).
@@ -34,8 +34,9 @@ import experiment as ex
 FIRST_SEEDS = (100, 103)  # of three fresh seeds each; 100 is run_10's
 FAINT = 1e-6  # an α that leaves directions alone
 USE_ALONE = {"alpha": FAINT, "eta": ex.RUNS["run_4"]["alpha"] * ex.CustomSAEConfig.eta / FAINT}
-FRESH = {"vanilla (run_8), fresh seeds": "run_8", "α 0.01 (run_3), fresh seeds": "run_3",
-         "regroup 100 (run_4), fresh seeds": "run_4"}
+FRESH = {"vanilla (run_8), fresh seeds": "run_8", "regroup 100 (run_4), fresh seeds": "run_4",
+         "α 0.01 (run_3), fresh seeds": "run_3", "fixed (run_7), fresh seeds": "run_7"}
+INFORMED = "run_8", "run_4"
 CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
     "use term alone (run_4)": ("run_4", USE_ALONE),
     "labels shuffled (run_4)": ("run_4", {"shuffle_domains": True}),
@@ -171,7 +172,7 @@ def main() -> None:
         return  # this substrate's third text has no learn half
     x_ND, reference = bench.third_text(), None
     for name, run in FRESH.items():
-        if run != "run_3":
+        if run in INFORMED:
             found = bench.informed(bench.row(run, first_seed=FIRST_SEEDS[0]), x_ND)
             show(f"{name}, informed choice", found, reference)
             reference = reference or as_info(found)
