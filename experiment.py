@@ -1987,7 +1987,8 @@ def max_cosine_loss(W_FD: Tensor, generator: torch.Generator, chunk: int = 8192)
                 cosine = W_FD[rows] @ W_FD[part].T
                 cosine[rows[:, None] == part] = -math.inf
                 nearest[rows] = part[cosine.argmax(dim=1)]
-    return torch.linalg.vecdot(W_FD, W_FD[nearest]).square().mean()
+    chosen_FD = W_FD.index_select(0, nearest)  # W_FD[nearest]'s gradient would add in any order
+    return torch.linalg.vecdot(W_FD, chosen_FD).square().mean()
 
 
 def use_loss(mean_KF: Tensor, running_KF: Tensor, share_F: Tensor | None = None) -> Tensor:

@@ -119,3 +119,17 @@ def test_domain_means_against_dense(generator):
                             torch.bincount(domain, minlength=3), 6)
     for k in range(3):
         torch.testing.assert_close(means[k], f[domain == k].mean(0))
+
+
+def test_max_cosine_gradient_has_the_same_bytes_however_threads_run(generator):
+    """Many rows have one nearest neighbour, whose gradient is a sum; its order must be fixed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        W = torch.randn(4608, 256, generator=generator) + 3 * torch.randn(256, generator=generator)
+        W.requires_grad_()
+        gradients = [torch.autograd.grad(ex.max_cosine_loss(W, ex.randomness(0)), W)[0]
+                     for _ in range(4)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(gradients[0], other) for other in gradients[1:])
