@@ -2,7 +2,9 @@
 
     python bench/controls.py        # beside a finished run_8
 
-On six seeds that no choice had seen, run_10's and three more: the rows of runs 8, 4, 3 and 7.
+On six seeds that no choice had seen, run_10's and three more: the rows of runs 8, 4, 3 and 7; then
+runs 8 and 4 again on these seeds and on text where unlearning was never measured, the next 24
+contexts of each kind.
 On the runs' own seeds, run_4's row with the use term alone (no pull on directions), the same with
 every stretch of text given another's domain (labels as steady as the true ones but without meaning:
 what the labels gained must vanish), and SAEs that were never trained (what random features give).
@@ -21,10 +23,11 @@ import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -36,7 +39,9 @@ FAINT = 1e-6  # an α that leaves directions alone
 USE_ALONE = {"alpha": FAINT, "eta": ex.RUNS["run_4"]["alpha"] * ex.CustomSAEConfig.eta / FAINT}
 FRESH = {"vanilla (run_8), fresh seeds": "run_8", "regroup 100 (run_4), fresh seeds": "run_4",
          "α 0.01 (run_3), fresh seeds": "run_3", "fixed (run_7), fresh seeds": "run_7"}
-INFORMED = "run_8", "run_4"
+TWO = "run_8", "run_4"  # the rows that are measured in further ways
+FURTHER = 24  # contexts of each kind of text
+HOPELESS = 2.0  # nats of cost on the study's text, far beyond the envelope that is averaged
 CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
     "use term alone (run_4)": ("run_4", USE_ALONE),
     "labels shuffled (run_4)": ("run_4", {"shuffle_domains": True}),
@@ -86,6 +91,41 @@ class Bench:
         material, name = self.as_row(config)
         return ex.evaluate_all(self.trained(config), material, self.buffer, name, ex.Clock())
 
+    def further_text(self) -> ex.Material:
+        """The material with the next `FURTHER` contexts of the ask half as those it measures."""
+        material, known = copy.copy(self.material), self.material.config.frontier_contexts
+        material.config = dataclasses.replace(material.config, frontier_contexts=known + FURTHER)
+        for name in ("heldout", "frontier"):
+            vars(material).pop(name, None)
+        held = material.heldout
+        new_R = torch.cat([(held["domain"][held["rows"]] == k).nonzero()[known:, 0]
+                           for k in range(len(ex.DOMAINS))])
+        material.heldout = {**held, **{name: held[name][new_R] for name in ("rows", "base")}}
+        return material
+
+    def on_further_text(self, config: ex.CustomSAEConfig, further: ex.Material) -> dict[str, Any]:
+        """Areas of the row's SAEs there, of all settings that are not hopeless."""
+        material, name = self.as_row(config)
+        evaluated, seeds, samples = self.evaluated(config), [], []
+        for seed, trained in self.trained(config).items():
+            before = evaluated[seed]["unlearning"]["settings"]
+
+            def build(before: list = before, trained: ex.TrainedSAE = trained) -> tuple[dict, dict]:
+                use = ex.feature_statistics(trained, self.buffer, config.frequency_tokens)
+                domain_R = further.heldout["domain"][further.heldout["rows"]]
+                rise_SR = torch.stack(rises_of(trained, further, use, before))
+                return {}, {f"{name}_rise": rise_SR[:, domain_R == k].tolist()
+                            for k, name in enumerate(ex.DOMAINS)}
+
+            weights = ex.checksum(dict(trained.sae.state_dict()), str(trained.scale))
+            causes = (weights, config, material.causes, ex.EVALUATION_CODE, FURTHER, HOPELESS)
+            sample = material.cache.get(f"{name}/further-{seed}", causes, build)[1]
+            texts = [np.array(sample[f"{name}_rise"]) for name in ex.DOMAINS]
+            seeds.append({"seed": seed, "unlearning_area": ex.unlearning_area(*texts),
+                          "unlearning_area_labelled": ex.unlearning_area(*texts[: ex.OTHER])})
+            samples.append({"samples": sample})
+        return {"seeds": seeds, "unlearning": {"per_seed": samples}}
+
     def third_text(self) -> torch.Tensor:
         """Residuals [N, D] of `frequency_tokens` of the third text's learn half, no sinks."""
         lm, config = self.material.lm, self.material.config
@@ -119,6 +159,22 @@ class Bench:
         return found
 
 
+def rises_of(trained: ex.TrainedSAE, material: ex.Material, use: ex.FeatureStatistics,
+             before: list[dict[str, Any]]) -> list[torch.Tensor]:
+    """Cross-entropy rises by context of each setting, none twice, that was not hopeless `before`,
+    and of doing nothing."""
+    found = {(): torch.zeros(len(material.heldout["rows"]))}
+    for setting in ex.progress(before, "further text"):
+        if max(setting["retain_ce_rise"], setting["other_ce_rise"] or 0.0) > HOPELESS:
+            continue
+        features = ex.select_features(use.rate_KF, setting["threshold"], setting["n_features"])
+        key = (*features.tolist(), setting["multiplier"])
+        if key not in found:
+            targets = -setting["multiplier"] * use.size_F[features]
+            found[key] = ex.apply_setting(trained, material, features, targets, ask=False).rise_R
+    return list(found.values())
+
+
 @torch.no_grad()
 def firing_rate(trained: ex.TrainedSAE, x_ND: torch.Tensor) -> torch.Tensor:
     fired_F = torch.zeros(trained.sae.d_sae)
@@ -134,10 +190,26 @@ def as_info(found: Results) -> dict[str, Any]:
             "unlearning": {"per_seed": [parts["unlearning"] for parts in found.values()]}}
 
 
-def show(name: str, found: Results, vanilla: dict[str, Any] | None = None) -> None:
+def joined(infos: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    infos = list(infos)
+    return {"seeds": [row for info in infos for row in info["seeds"]],
+            "unlearning": {"per_seed": [one for info in infos
+                                        for one in info["unlearning"]["per_seed"]]}}
+
+
+def compared(rows: dict[str, str], measure: Callable[[str], dict[str, Any]],
+             how: str = "") -> None:
+    """Show what `measure` gives for each row, beside the first of them."""
+    vanilla = None
+    for name, run in rows.items():
+        info = measure(run)
+        show(name + how, info, vanilla)
+        vanilla = vanilla or info
+
+
+def show(name: str, info: dict[str, Any], vanilla: dict[str, Any] | None = None) -> None:
     """A row's means, and its paired differences to the vanilla SAEs of the same seeds."""
-    info = as_info(found)
-    numbers = [{key: row[key] for key in COLUMNS} for row in info["seeds"]]
+    numbers = [{key: row.get(key) for key in COLUMNS} for row in info["seeds"]]
     means, stderrs = ex.mean_and_stderr(numbers)
     line(f"{name} ({len(numbers)})", (
         "-" if means[key] is None else f"{means[key]:.3f} ± {stderrs[key]:.3f}" for key in COLUMNS))
@@ -159,23 +231,20 @@ def main() -> None:
         sys.exit(f"error: no run_8 of budget {bench.budget!r} is finished here; run it first")
     line("row (seeds)", COLUMNS.values())
     line("---", itertools.repeat("---", len(COLUMNS)))
-    reference = None
-    for name, run in FRESH.items():
-        found: Results = {}
-        for first in FIRST_SEEDS:
-            found |= bench.evaluated(bench.row(run, first_seed=first))
-        show(name, found, reference)
-        reference = reference or as_info(found)
+    compared(FRESH, lambda run: joined(
+        as_info(bench.evaluated(bench.row(run, first_seed=first))) for first in FIRST_SEEDS))
+    pair = {name: run for name, run in FRESH.items() if run in TWO}
+    further = bench.further_text()
+    compared(pair, lambda run: joined(
+        bench.on_further_text(bench.row(run, first_seed=first), further)
+        for first in FIRST_SEEDS), ", further text")
     for name, (run, changes) in CHANGED.items():
-        show(name, bench.evaluated(bench.row(run, **changes)), vanilla)
+        show(name, as_info(bench.evaluated(bench.row(run, **changes))), vanilla)
     if not bench.material.corpus["learn"]["other"]:
         return  # this substrate's third text has no learn half
-    x_ND, reference = bench.third_text(), None
-    for name, run in FRESH.items():
-        if run in INFORMED:
-            found = bench.informed(bench.row(run, first_seed=FIRST_SEEDS[0]), x_ND)
-            show(f"{name}, informed choice", found, reference)
-            reference = reference or as_info(found)
+    x_ND = bench.third_text()
+    compared(pair, lambda run: as_info(
+        bench.informed(bench.row(run, first_seed=FIRST_SEEDS[0]), x_ND)), ", informed choice")
 
 
 if __name__ == "__main__":

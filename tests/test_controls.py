@@ -33,7 +33,7 @@ def test_a_finished_run_is_read_from_the_cache_and_differs_from_itself_by_nothin
     finished = ex.read_result(Path("run_8"))
     for row, theirs in zip(controls.as_info(found)["seeds"], finished["seeds"], strict=True):
         assert row == {key: value for key, value in theirs.items() if key != "final_loss"}
-    controls.show("again", found, finished)
+    controls.show("again", controls.as_info(found), finished)
     means, gaps = capsys.readouterr().out.splitlines()
     assert f"{finished['means']['explained_variance']:.3f} ±" in means
     assert set(gaps.split(" | ")[1:]) <= {"+0.000 (+0.000 to +0.000)", "-",
@@ -63,13 +63,34 @@ def test_an_informed_choice_spares_what_the_third_text_uses(bench):
         assert found[seed]["reconstruction"] == plain[seed]["reconstruction"]
 
 
+def test_further_text_is_new_and_measured_as_the_study_s(bench, monkeypatch):
+    monkeypatch.setattr(controls, "FURTHER", 3)
+    monkeypatch.setattr(controls, "HOPELESS", float("inf"))
+    study, further = bench.material.heldout, bench.further_text()
+    held, config = further.heldout, bench.row("run_8")
+    assert [int((held["domain"][held["rows"]] == k).sum()) for k in range(3)] == [3, 3, 3]
+    old, new = ({tuple(row.tolist()) for row in part["tokens"][part["rows"]]}
+                for part in (study, held))
+    assert len(new) == 9
+    assert not old & new
+    tokens = held["tokens"][held["rows"]]
+    torch.testing.assert_close(held["base"], bench.material.lm.losses(
+        tokens, held["x"][held["rows"]]), atol=1e-4, rtol=0)
+    # on the study's own text it gives the study's own areas
+    again = bench.on_further_text(config, bench.material)
+    for row, theirs in zip(again["seeds"], ex.read_result(Path("run_8"))["seeds"], strict=True):
+        for key in ("unlearning_area", "unlearning_area_labelled"):
+            assert row[key] == pytest.approx(theirs[key], abs=1e-6)
+
+
 def test_an_interrupted_command_goes_on_where_it_was(bench, monkeypatch, capsys):
     monkeypatch.setattr(controls, "FRESH", {"vanilla": "run_8", "other": "run_4"})
     monkeypatch.setattr(controls, "CHANGED", {"not trained": ("run_8", {"steps": 0})})
     controls.main()
     first = capsys.readouterr().out
-    assert first.count("minus vanilla") == 2
+    assert first.count("minus vanilla") == 3
     assert "| vanilla (4) |" in first
+    assert "| vanilla, further text (4) |" in first
     monkeypatch.setattr(ex, "write_tensors", forbidden)
     controls.main()
     assert capsys.readouterr().out == first
