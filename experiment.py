@@ -3050,7 +3050,7 @@ def sampling_error(name: str, ours: list[dict], theirs: list[dict], draws: int =
         return [part for part in found if part.size]
 
     sides = [[parts(sample) for sample in samples] for samples in (ours, theirs)]
-    if len({tuple(part.shape for part in one) for side in sides for one in side}) > 1:
+    if len({tuple(part.shape[1] for part in one) for side in sides for one in side}) > 1:
         return 0.0
     rng = np.random.default_rng(0)
 

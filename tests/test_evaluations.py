@@ -265,6 +265,9 @@ def test_intervals_count_the_texts_and_questions_that_all_seeds_share():
                         ("unlearning_score", 0.5 / 20), ("accuracy_area", 0.5 / 20)):
         assert found[name]["high"] - 1 == pytest.approx(1.96 * error, rel=0.2)
         assert found[name]["stderr"] == 0  # over seeds
+    more = {name: part * 2 for name, part in nothing.items()}  # settings may differ in number
+    again = compared([1.0] * 3, sample(list(rises), rights), more)
+    assert again["unlearning_area"] == found["unlearning_area"]
     both = compared([1.0] * 3, sample(list(rises + 1), rights), sample(list(rises), rights))
     assert both["unlearning_area"]["high"] == pytest.approx(1, abs=1e-6)  # all gain the same
     other = compared([1.0] * 3, sample(list(rises), rights), sample([0.0], "1"))
