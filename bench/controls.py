@@ -114,13 +114,13 @@ class Bench:
                 use = ex.feature_statistics(trained, self.buffer, config.frequency_tokens)
                 domain_R = further.heldout["domain"][further.heldout["rows"]]
                 rise_SR = torch.stack(rises_of(trained, further, use, before))
-                return {}, {f"{name}_rise": rise_SR[:, domain_R == k].tolist()
-                            for k, name in enumerate(ex.DOMAINS)}
+                return {}, {f"{domain}_rise": rise_SR[:, domain_R == k].tolist()
+                            for k, domain in enumerate(ex.DOMAINS)}
 
             weights = ex.checksum(dict(trained.sae.state_dict()), str(trained.scale))
             causes = (weights, config, material.causes, ex.EVALUATION_CODE, FURTHER, HOPELESS)
             sample = material.cache.get(f"{name}/further-{seed}", causes, build)[1]
-            texts = [np.array(sample[f"{name}_rise"]) for name in ex.DOMAINS]
+            texts = [np.array(sample[f"{domain}_rise"]) for domain in ex.DOMAINS]
             seeds.append({"seed": seed, "unlearning_area": ex.unlearning_area(*texts),
                           "unlearning_area_labelled": ex.unlearning_area(*texts[: ex.OTHER])})
             samples.append({"samples": sample})
