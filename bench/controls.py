@@ -3,8 +3,8 @@
     python bench/controls.py        # beside a finished run_8
 
 On six seeds that no choice had seen, run_10's and three more: the rows of runs 8, 4, 3 and 7; then
-runs 8 and 4 again on these seeds and on text where unlearning was never measured, the next 24
-contexts of each kind.
+runs 8 and 4 again on these seeds and on text that the study does not use, the next 24 contexts of
+each kind.
 On the runs' own seeds, run_4's row with the use term alone (no pull on directions), the same with
 every stretch of text given another's domain (labels as steady as the true ones but without meaning:
 what the labels gained must vanish), and SAEs that were never trained (what random features give).
