@@ -91,6 +91,16 @@ class Bench:
         material, name = self.as_row(config)
         return ex.evaluate_all(self.trained(config), material, self.buffer, name, ex.Clock())
 
+    def kept(self, kind: str, config: ex.CustomSAEConfig, seed: int, trained: ex.TrainedSAE,
+             build: Callable[[], Any], *causes: Any) -> Any:
+        """A measurement of an SAE beyond the runs' own, from the cache if it is there."""
+        material, name = self.as_row(config)
+        weights = ex.checksum(dict(trained.sae.state_dict()), str(trained.scale))
+        return material.cache.get(
+            f"{name}/{kind}-{seed}",
+            (weights, config, material.causes, ex.EVALUATION_CODE, *causes),
+            lambda: ({}, build()))[1]
+
     def further_text(self) -> ex.Material:
         """The material with the next `FURTHER` contexts of the ask half as those it measures."""
         material, known = copy.copy(self.material), self.material.config.frontier_contexts
@@ -105,21 +115,18 @@ class Bench:
 
     def on_further_text(self, config: ex.CustomSAEConfig, further: ex.Material) -> dict[str, Any]:
         """Areas of the row's SAEs there, of all settings that are not hopeless."""
-        material, name = self.as_row(config)
         evaluated, seeds, samples = self.evaluated(config), [], []
         for seed, trained in self.trained(config).items():
             before = evaluated[seed]["unlearning"]["settings"]
 
-            def build(before: list = before, trained: ex.TrainedSAE = trained) -> tuple[dict, dict]:
+            def build(before: list = before, trained: ex.TrainedSAE = trained) -> dict:
                 use = ex.feature_statistics(trained, self.buffer, config.frequency_tokens)
                 domain_R = further.heldout["domain"][further.heldout["rows"]]
                 rise_SR = torch.stack(rises_of(trained, further, use, before))
-                return {}, {f"{domain}_rise": rise_SR[:, domain_R == k].tolist()
-                            for k, domain in enumerate(ex.DOMAINS)}
+                return {f"{domain}_rise": rise_SR[:, domain_R == k].tolist()
+                        for k, domain in enumerate(ex.DOMAINS)}
 
-            weights = ex.checksum(dict(trained.sae.state_dict()), str(trained.scale))
-            causes = (weights, config, material.causes, ex.EVALUATION_CODE, FURTHER, HOPELESS)
-            sample = material.cache.get(f"{name}/further-{seed}", causes, build)[1]
+            sample = self.kept("further", config, seed, trained, build, FURTHER, HOPELESS)
             texts = [np.array(sample[f"{domain}_rise"]) for domain in ex.DOMAINS]
             seeds.append({"seed": seed, "unlearning_area": ex.unlearning_area(*texts),
                           "unlearning_area_labelled": ex.unlearning_area(*texts[: ex.OTHER])})
@@ -140,22 +147,20 @@ class Bench:
 
     def informed(self, config: ex.CustomSAEConfig, x_ND: torch.Tensor) -> Results:
         """The row's evaluations, but in unlearning a feature must be rare on `x_ND` too."""
-        material, name = self.as_row(config)
+        material, _ = self.as_row(config)
         found = self.evaluated(config)
         contents = ex.checksum({"x": x_ND}, "")
         for seed, trained in self.trained(config).items():
 
-            def build(seed: int = seed, trained: ex.TrainedSAE = trained) -> tuple[dict, dict]:
+            def build(seed: int = seed, trained: ex.TrainedSAE = trained) -> dict:
                 use = ex.feature_statistics(trained, self.buffer, config.frequency_tokens)
                 forget_F, retain_F = use.rate_KF
                 most_F = torch.maximum(retain_F, firing_rate(trained, x_ND))
                 use = use._replace(rate_KF=torch.stack([forget_F, most_F]))
-                return {}, ex.evaluate_unlearning(trained, material, use, seed)
+                return ex.evaluate_unlearning(trained, material, use, seed)
 
-            weights = ex.checksum(dict(trained.sae.state_dict()), str(trained.scale))
-            causes = (weights, config, material.causes, ex.EVALUATION_CODE, contents)
-            path = f"{name}/informed-{seed}"
-            found[seed] = {**found[seed], "unlearning": material.cache.get(path, causes, build)[1]}
+            unlearning = self.kept("informed", config, seed, trained, build, contents)
+            found[seed] = {**found[seed], "unlearning": unlearning}
         return found
 
 
