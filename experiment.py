@@ -13,6 +13,7 @@ group, K domains of text, N entries of a flat list, T tokens of a context, R col
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import functools
@@ -277,7 +278,7 @@ def section(begin: str, end: str) -> str:
     return digest(text.partition(f"\n# {begin}")[2].partition(f"\n# {end}")[0])
 
 
-TRAINING_CODE = section("Sparse autoencoder", "Evaluations")
+TRAINING_CODE = section("Activations", "Evaluations")
 EVALUATION_CODE = section("Evaluations", "Results")
 
 
@@ -3376,6 +3377,17 @@ def quiet_libraries() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, for the next use. glibc hands every block beyond 32 MB
+    back to the system, which must clear and map its pages anew: a wide SAE's weight gradients and
+    products at every step."""
+    trim_threshold, mmap_threshold = -1, -3  # names of mallopt's parameters in malloc.h
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(mmap_threshold, 2**28)
+        mallopt(trim_threshold, 2**30)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -3385,6 +3397,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out_dir", type=Path, required=True, help="run folder, run_1 … run_10")
     out_dir = parser.parse_args(arguments).out_dir
     quiet_libraries()
+    keep_freed_memory()
     sys.stdout.reconfigure(errors="replace")  # κ on an ASCII terminal
     interrupts = Interrupts()
     try:

@@ -2,15 +2,16 @@
 
     python bench/controls.py        # beside a finished run_8
 
-On six seeds that no choice had seen, run_10's and three more: the rows of runs 8, 4, 3 and 7; then
-runs 8 and 4 again on these seeds and on text that the study does not use, the next 24 contexts of
-each kind.
+On six seeds that no choice had seen, run_10's and three more: the rows of runs 8, 4, 9, 7 and 3;
+then runs 8 and 4 again on these seeds and on text that the study does not use, the next 24 contexts
+of each kind.
 On the runs' own seeds, run_4's row with the use term alone (no pull on directions), the same with
 every stretch of text given another's domain (labels as steady as the true ones but without meaning:
 what the labels gained must vanish), and SAEs that were never trained (what random features give).
-Last, on run_10's seeds, unlearning when a feature may only be clamped if it is as rare on the
-third text (its learn half) as on retain text: is it the dictionary that limits unlearning, or that
-the choice of features does not know what else must be spared?
+Last, on run_10's seeds, why unlearning ends where it does. Once a feature may only be clamped if it
+is as rare on the third text (its learn half) as on retain text: is it the SAE that limits
+unlearning, or that the choice of features does not know what else must be spared? And once the
+retain text of training and choice is half third text: what if the labels name all of it?
 
 Printed are means ± standard errors and, below each line, paired differences with 95 % intervals, as
 in final_info.json, to the vanilla SAEs of the same seeds. Everything is kept in the cache as runs
@@ -38,7 +39,8 @@ FIRST_SEEDS = (100, 103)  # of three fresh seeds each; 100 is run_10's
 FAINT = 1e-6  # an α that leaves directions alone
 USE_ALONE = {"alpha": FAINT, "eta": ex.RUNS["run_4"]["alpha"] * ex.CustomSAEConfig.eta / FAINT}
 FRESH = {"vanilla (run_8), fresh seeds": "run_8", "regroup 100 (run_4), fresh seeds": "run_4",
-         "α 0.01 (run_3), fresh seeds": "run_3", "fixed (run_7), fresh seeds": "run_7"}
+         "OrtSAE (run_9), fresh seeds": "run_9", "fixed (run_7), fresh seeds": "run_7",
+         "α 0.01 (run_3), fresh seeds": "run_3"}
 TWO = "run_8", "run_4"  # the rows that are measured in further ways
 FURTHER = 24  # contexts of each kind of text
 HOPELESS = 2.0  # nats of cost on the study's text, far beyond the envelope that is averaged
@@ -145,6 +147,24 @@ class Bench:
         x_ND = torch.cat([lm.residual(part).flatten(0, 1) for part in parts])
         return x_ND[x_ND.float().norm(dim=1) < self.material.sink_norm]
 
+    def broad(self) -> "Bench":
+        """The bench of a study whose retain text, in training and in the choice of features, is
+        retain text and as much of the third text's learn half, with one label; it is measured on
+        the same texts and questions."""
+        bench, material = copy.copy(self), copy.copy(self.material)
+        for name in ("heldout", "frontier", "questions", "probe_sets"):
+            getattr(material, name)  # as all rows have them
+        learn, sink_norm = material.corpus["learn"], material.sink_norm
+        third = ex.shuffled(learn["other"], "third")  # a dictionary is in order
+        ends = np.cumsum([len(text) for text in third])
+        third = third[: int(np.searchsorted(ends, sum(map(len, learn["retain"]))))]
+        retain = [*learn["retain"], *third]
+        vars(material)["corpus"] = {**material.corpus, "learn": {**learn, "retain": retain}}
+        bench.material, bench.buffer = material, material.activations()
+        material.sink_norm = sink_norm
+        material.causes = (*material.causes, "broad")  # a name of its own for what comes of it
+        return bench
+
     def informed(self, config: ex.CustomSAEConfig, x_ND: torch.Tensor) -> Results:
         """The row's evaluations, but in unlearning a feature must be rare on `x_ND` too."""
         material, _ = self.as_row(config)
@@ -250,6 +270,9 @@ def main() -> None:
     x_ND = bench.third_text()
     compared(pair, lambda run: as_info(
         bench.informed(bench.row(run, first_seed=FIRST_SEEDS[0]), x_ND)), ", informed choice")
+    broad = bench.broad()
+    compared(pair, lambda run: as_info(
+        broad.evaluated(broad.row(run, first_seed=FIRST_SEEDS[0]))), ", retain text half third")
 
 
 if __name__ == "__main__":

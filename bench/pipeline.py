@@ -110,6 +110,7 @@ def ours(request: dict[str, Any]) -> dict[str, Any]:
     them in the cache; and of one regrouping, which a run does every `regroup_every` steps."""
     torch.set_num_threads(request["threads"])
     ex.quiet_libraries()
+    ex.keep_freed_memory()
     config = dataclasses.replace(
         ex.CustomSAEConfig(), orthogonality=request["mode"], steps=TOKENS // BATCH,
         alpha=0.1 if request["mode"] == "adaptive" else 0.0, learn_tokens=TOKENS, warmup_steps=10,

@@ -63,6 +63,31 @@ def test_an_informed_choice_spares_what_the_third_text_uses(bench):
         assert found[seed]["reconstruction"] == plain[seed]["reconstruction"]
 
 
+def test_a_broad_retain_text_is_half_third_text_under_one_label(bench, monkeypatch):
+    corpus = bench.material.corpus
+    third = [f"a noun that means {n}, said of things" for n in range(4000)]
+    vars(bench.material)["corpus"] = {**corpus, "learn": {**corpus["learn"], "other": third}}
+    config, before = bench.row("run_8"), bench.evaluated(bench.row("run_8"))
+    broad = bench.broad()
+    assert bench.material.corpus["learn"]["retain"] == corpus["learn"]["retain"]
+    retain = broad.material.corpus["learn"]["retain"]
+    added = [text for text in retain if text in set(third)]
+    assert len(retain) - len(added) == len(corpus["learn"]["retain"])
+    letters = sum(map(len, corpus["learn"]["retain"]))
+    assert letters - 60 < sum(map(len, added)) <= letters
+    assert set(broad.buffer.domain_N.tolist()) == {ex.FORGET, ex.RETAIN}
+    # the buffer's retain tokens are not the old ones, what is measured is
+    assert not torch.equal(*(one.buffer.sample(ex.RETAIN, 500) for one in (bench, broad)))
+    for name in ("tokens", "rows", "base"):
+        assert torch.equal(broad.material.heldout[name], bench.material.heldout[name])
+    assert broad.material.questions[1] == bench.material.questions[1]
+    assert broad.as_row(config)[1] != bench.as_row(config)[1]
+    after = broad.evaluated(config)
+    assert list(after) == list(before)
+    assert after != before
+    assert bench.evaluated(config) == before
+
+
 def test_further_text_is_new_and_measured_as_the_study_s(bench, monkeypatch):
     monkeypatch.setattr(controls, "FURTHER", 3)
     monkeypatch.setattr(controls, "HOPELESS", float("inf"))

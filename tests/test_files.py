@@ -1,8 +1,10 @@
 """Files appear whole or not at all, are checked when read, and JSON is strict."""
 
+import inspect
 import json
 import math
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -62,6 +64,24 @@ def test_cache_builds_once_and_again_when_causes_change(tmp_path):
 
     assert [cache.get("thing", (1, "a"), build)[1] for _ in range(3)] == [1, 1, 1]
     assert cache.get("thing", (2, "a"), build)[1] == 2
+
+
+def test_all_that_training_runs_through_is_in_its_key():
+    text = inspect.getsource(ex)
+    part = text[text.index("\n# Activations") + 14 : text.index("\n# Evaluations")]
+    assert ex.digest(part) == ex.TRAINING_CODE
+    for item in (ex.ActivationBuffer, ex.Material, ex.Forest, ex.Questions, ex.CustomSAE,
+                 ex.CoactivationSketch, ex.use_loss, ex.CustomTrainer, ex.train_sae):
+        assert inspect.getsource(item) in part
+
+
+def test_freed_memory_is_not_mapped_anew():
+    ex.keep_freed_memory()
+    torch.ones(16_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):  # 64 MB each, 15,625 pages
+        torch.ones(16_000_000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 15_625
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
