@@ -4,14 +4,15 @@
 
 On six seeds that no choice had seen, run_10's and three more: the rows of runs 8, 4, 9, 7 and 3;
 then runs 8 and 4 again on these seeds and on text that the study does not use, the next 24 contexts
-of each kind.
+of each kind, and with a text of a fourth kind (Python's reference) in the third's place.
 On the runs' own seeds, run_4's row with the use term alone (no pull on directions), the same with
 every stretch of text given another's domain (labels as steady as the true ones but without meaning:
 what the labels gained must vanish), and SAEs that were never trained (what random features give).
-Last, on run_10's seeds, why unlearning ends where it does. Once a feature may only be clamped if it
+Last, why unlearning ends where it does. On run_10's seeds, once a feature may only be clamped if it
 is as rare on the third text (its learn half) as on retain text: is it the SAE that limits
-unlearning, or that the choice of features does not know what else must be spared? And once the
-retain text of training and choice is half third text: what if the labels name all of it?
+unlearning, or that the choice of features does not know what else must be spared? And on all six,
+broad labels: SAEs trained, and features chosen, with as much third text in the retain text as was
+there before. What if the labels name all that is to stay?
 
 Printed are means ± standard errors and, below each line, paired differences with 95 % intervals, as
 in final_info.json, to the vanilla SAEs of the same seeds. Everything is kept in the cache as runs
@@ -26,6 +27,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -93,6 +95,13 @@ class Bench:
         material, name = self.as_row(config)
         return ex.evaluate_all(self.trained(config), material, self.buffer, name, ex.Clock())
 
+    def fresh(self, run: str, measure: Callable[..., dict[str, Any]] | None = None,
+              *of: Any) -> dict[str, Any]:
+        """A row's evaluations, or what `measure` gives, on the six fresh seeds."""
+        rows = [self.row(run, first_seed=first) for first in FIRST_SEEDS]
+        return joined(measure(row, *of) if measure else as_info(self.evaluated(row))
+                      for row in rows)
+
     def kept(self, kind: str, config: ex.CustomSAEConfig, seed: int, trained: ex.TrainedSAE,
              build: Callable[[], Any], *causes: Any) -> Any:
         """A measurement of an SAE beyond the runs' own, from the cache if it is there."""
@@ -124,7 +133,7 @@ class Bench:
             def build(before: list = before, trained: ex.TrainedSAE = trained) -> dict:
                 use = ex.feature_statistics(trained, self.buffer, config.frequency_tokens)
                 domain_R = further.heldout["domain"][further.heldout["rows"]]
-                rise_SR = torch.stack(rises_of(trained, further, use, before))
+                rise_SR = torch.stack([*rises_of(trained, further, use, before).values()])
                 return {f"{domain}_rise": rise_SR[:, domain_R == k].tolist()
                         for k, domain in enumerate(ex.DOMAINS)}
 
@@ -132,6 +141,45 @@ class Bench:
             texts = [np.array(sample[f"{domain}_rise"]) for domain in ex.DOMAINS]
             seeds.append({"seed": seed, "unlearning_area": ex.unlearning_area(*texts),
                           "unlearning_area_labelled": ex.unlearning_area(*texts[: ex.OTHER])})
+            samples.append({"samples": sample})
+        return {"seeds": seeds, "unlearning": {"per_seed": samples}}
+
+    def unnamed_text(self) -> ex.Material:
+        """The material with a text of a fourth kind for what it measures, under the third's name:
+        the Python language reference, as this Python carries it."""
+        material, lm, config = copy.copy(self.material), self.material.lm, self.material.config
+        documents = lm.tokenize(list(topics.values()))
+        contexts_RT = ex.pack_contexts(documents, lm.separator, config.context_length)
+        order = torch.randperm(len(contexts_RT), generator=ex.randomness("unnamed"))
+        tokens_RT = contexts_RT[order[:FURTHER]]
+        x_RTD = lm.residual(tokens_RT)
+        vars(material).pop("frontier", None)
+        material.heldout = {"tokens": tokens_RT, "x": x_RTD.cpu(), "rows": torch.arange(FURTHER),
+                            "domain": torch.full((FURTHER,), ex.OTHER),
+                            "base": lm.losses(tokens_RT, x_RTD)}
+        return material
+
+    def on_unnamed_text(self, config: ex.CustomSAEConfig, unnamed: ex.Material) -> dict[str, Any]:
+        """Areas of the row's SAEs when that text takes the third text's place in the cost."""
+        seeds, samples = [], []
+        contents = ex.checksum({"tokens": unnamed.heldout["tokens"]}, "")
+        evaluated = self.evaluated(config)
+        for seed, trained in self.trained(config).items():
+            before = evaluated[seed]["unlearning"]
+
+            def build(before: dict = before, trained: ex.TrainedSAE = trained) -> dict:
+                use = ex.feature_statistics(trained, self.buffer, config.frequency_tokens)
+                rises = rises_of(trained, unnamed, use, before["settings"])
+                return {str(place): rise_R.tolist() for place, rise_R in rises.items()}
+
+            rises = self.kept("unnamed", config, seed, trained, build, contents, HOPELESS)
+            nothing = [0.0] * len(before["samples"]["forget_rise"][0])
+            sample = {f"{name}_rise": [before["samples"][f"{name}_rise"][int(place)]
+                                       if int(place) >= 0 else nothing for place in rises]
+                      for name in ex.DOMAINS[: ex.OTHER]}
+            sample["other_rise"] = list(rises.values())
+            texts = [np.array(sample[f"{domain}_rise"]) for domain in ex.DOMAINS]
+            seeds.append({"seed": seed, "unlearning_area": ex.unlearning_area(*texts)})
             samples.append({"samples": sample})
         return {"seeds": seeds, "unlearning": {"per_seed": samples}}
 
@@ -185,19 +233,20 @@ class Bench:
 
 
 def rises_of(trained: ex.TrainedSAE, material: ex.Material, use: ex.FeatureStatistics,
-             before: list[dict[str, Any]]) -> list[torch.Tensor]:
+             before: list[dict[str, Any]]) -> dict[int, torch.Tensor]:
     """Cross-entropy rises by context of each setting, none twice, that was not hopeless `before`,
-    and of doing nothing."""
-    found = {(): torch.zeros(len(material.heldout["rows"]))}
-    for setting in ex.progress(before, "further text"):
+    by its place there; -1 is doing nothing."""
+    rises, seen = {-1: torch.zeros(len(material.heldout["rows"]))}, set()
+    for place, setting in enumerate(ex.progress(before, "further text")):
         if max(setting["retain_ce_rise"], setting["other_ce_rise"] or 0.0) > HOPELESS:
             continue
         features = ex.select_features(use.rate_KF, setting["threshold"], setting["n_features"])
         key = (*features.tolist(), setting["multiplier"])
-        if key not in found:
+        if len(features) and key not in seen:
+            seen.add(key)
             targets = -setting["multiplier"] * use.size_F[features]
-            found[key] = ex.apply_setting(trained, material, features, targets, ask=False).rise_R
-    return list(found.values())
+            rises[place] = ex.apply_setting(trained, material, features, targets, ask=False).rise_R
+    return rises
 
 
 @torch.no_grad()
@@ -254,15 +303,13 @@ def main() -> None:
     vanilla = ex.read_result(Path("run_8"))
     if not vanilla or vanilla["budget"] != bench.budget:
         sys.exit(f"error: no run_8 of budget {bench.budget!r} is finished here; run it first")
+    pair = {name: run for name, run in FRESH.items() if run in TWO}
     line("row (seeds)", COLUMNS.values())
     line("---", itertools.repeat("---", len(COLUMNS)))
-    compared(FRESH, lambda run: joined(
-        as_info(bench.evaluated(bench.row(run, first_seed=first))) for first in FIRST_SEEDS))
-    pair = {name: run for name, run in FRESH.items() if run in TWO}
-    further = bench.further_text()
-    compared(pair, lambda run: joined(
-        bench.on_further_text(bench.row(run, first_seed=first), further)
-        for first in FIRST_SEEDS), ", further text")
+    compared(FRESH, bench.fresh)
+    further, unnamed = bench.further_text(), bench.unnamed_text()
+    compared(pair, lambda run: bench.fresh(run, bench.on_further_text, further), ", further text")
+    compared(pair, lambda run: bench.fresh(run, bench.on_unnamed_text, unnamed), ", fourth text")
     for name, (run, changes) in CHANGED.items():
         show(name, as_info(bench.evaluated(bench.row(run, **changes))), vanilla)
     if not bench.material.corpus["learn"]["other"]:
@@ -270,9 +317,10 @@ def main() -> None:
     x_ND = bench.third_text()
     compared(pair, lambda run: as_info(
         bench.informed(bench.row(run, first_seed=FIRST_SEEDS[0]), x_ND)), ", informed choice")
-    broad = bench.broad()
-    compared(pair, lambda run: as_info(
-        broad.evaluated(broad.row(run, first_seed=FIRST_SEEDS[0]))), ", retain text half third")
+    broad, four = bench.broad(), {name: run for name, run in FRESH.items() if run != "run_3"}
+    compared(four, broad.fresh, ", broad labels")
+    compared(pair, lambda run: broad.fresh(run, broad.on_unnamed_text, unnamed),
+             ", broad labels, fourth text")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The study's controls: they read what runs leave in the cache, and change one thing at a time."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -63,10 +64,15 @@ def test_an_informed_choice_spares_what_the_third_text_uses(bench):
         assert found[seed]["reconstruction"] == plain[seed]["reconstruction"]
 
 
-def test_a_broad_retain_text_is_half_third_text_under_one_label(bench, monkeypatch):
-    corpus = bench.material.corpus
+def with_third_text(corpus):
     third = [f"a noun that means {n}, said of things" for n in range(4000)]
-    vars(bench.material)["corpus"] = {**corpus, "learn": {**corpus["learn"], "other": third}}
+    return {**corpus, "learn": {**corpus["learn"], "other": third}}
+
+
+def test_broad_labels_call_as_much_third_text_retain_text(bench):
+    corpus = bench.material.corpus
+    vars(bench.material)["corpus"] = with_third_text(corpus)
+    third = bench.material.corpus["learn"]["other"]
     config, before = bench.row("run_8"), bench.evaluated(bench.row("run_8"))
     broad = bench.broad()
     assert bench.material.corpus["learn"]["retain"] == corpus["learn"]["retain"]
@@ -108,14 +114,39 @@ def test_further_text_is_new_and_measured_as_the_study_s(bench, monkeypatch):
             assert row[key] == pytest.approx(theirs[key], abs=1e-6)
 
 
+def test_a_fourth_text_takes_the_third_one_s_place(bench, monkeypatch):
+    monkeypatch.setattr(controls, "FURTHER", 3)
+    monkeypatch.setattr(controls, "HOPELESS", float("inf"))
+    fourth, held = bench.unnamed_text(), bench.material.heldout
+    assert "The" in bench.material.lm.tokenizer.decode(fourth.heldout["tokens"].flatten())
+    known = {tuple(row.tolist()) for row in held["tokens"]}
+    assert not known & {tuple(row.tolist()) for row in fourth.heldout["tokens"]}
+    seeds = bench.on_unnamed_text(bench.row("run_8"), fourth)["seeds"]
+    study = ex.read_result(Path("run_8"))["seeds"]
+    assert [row["unlearning_area"] for row in seeds] != [row["unlearning_area"] for row in study]
+    # the third text itself there gives the study's own areas
+    own = (held["domain"][held["rows"]] == ex.OTHER).nonzero()[:, 0]
+    fourth.heldout = {**held, "rows": held["rows"][own], "base": held["base"][own]}
+    vars(fourth).pop("frontier")
+    again = bench.on_unnamed_text(bench.row("run_8"), fourth)["seeds"]
+    for row, theirs in zip(again, study, strict=True):  # whose samples are kept to 1e-4
+        assert row["unlearning_area"] == pytest.approx(theirs["unlearning_area"], abs=1e-4)
+
+
 def test_an_interrupted_command_goes_on_where_it_was(bench, monkeypatch, capsys):
+    known = with_third_text(bench.material.corpus)
+    corpus = functools.cached_property(lambda material: known)
+    corpus.__set_name__(ex.Material, "corpus")
+    monkeypatch.setattr(ex.Material, "corpus", corpus)
     monkeypatch.setattr(controls, "FRESH", {"vanilla": "run_8", "other": "run_4"})
     monkeypatch.setattr(controls, "CHANGED", {"not trained": ("run_8", {"steps": 0})})
     controls.main()
     first = capsys.readouterr().out
-    assert first.count("minus vanilla") == 3
+    assert first.count("minus vanilla") == 7
     assert "| vanilla (4) |" in first
-    assert "| vanilla, further text (4) |" in first
+    for how in ("further text", "fourth text", "broad labels", "broad labels, fourth text"):
+        assert f"| vanilla, {how} (4) |" in first
+    assert "| vanilla, informed choice (2) |" in first
     monkeypatch.setattr(ex, "write_tensors", forbidden)
     controls.main()
     assert capsys.readouterr().out == first
