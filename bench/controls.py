@@ -160,7 +160,8 @@ class Bench:
         return material
 
     def on_unnamed_text(self, config: ex.CustomSAEConfig, unnamed: ex.Material) -> dict[str, Any]:
-        """Areas of the row's SAEs when that text takes the third text's place in the cost."""
+        """Areas of the row's SAEs when that text takes the third text's place in the cost, of all
+        settings that are not hopeless on the study's texts."""
         seeds, samples = [], []
         contents = ex.checksum({"tokens": unnamed.heldout["tokens"]}, "")
         evaluated = self.evaluated(config)
