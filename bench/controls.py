@@ -124,26 +124,6 @@ class Bench:
         material.heldout = {**held, **{name: held[name][new_R] for name in ("rows", "base")}}
         return material
 
-    def on_further_text(self, config: ex.CustomSAEConfig, further: ex.Material) -> dict[str, Any]:
-        """Areas of the row's SAEs there, of all settings that are not hopeless."""
-        evaluated, seeds, samples = self.evaluated(config), [], []
-        for seed, trained in self.trained(config).items():
-            before = evaluated[seed]["unlearning"]["settings"]
-
-            def build(before: list = before, trained: ex.TrainedSAE = trained) -> dict:
-                use = ex.feature_statistics(trained, self.buffer, config.frequency_tokens)
-                domain_R = further.heldout["domain"][further.heldout["rows"]]
-                rise_SR = torch.stack([*rises_of(trained, further, use, before).values()])
-                return {f"{domain}_rise": rise_SR[:, domain_R == k].tolist()
-                        for k, domain in enumerate(ex.DOMAINS)}
-
-            sample = self.kept("further", config, seed, trained, build, FURTHER, HOPELESS)
-            texts = [np.array(sample[f"{domain}_rise"]) for domain in ex.DOMAINS]
-            seeds.append({"seed": seed, "unlearning_area": ex.unlearning_area(*texts),
-                          "unlearning_area_labelled": ex.unlearning_area(*texts[: ex.OTHER])})
-            samples.append({"samples": sample})
-        return {"seeds": seeds, "unlearning": {"per_seed": samples}}
-
     def unnamed_text(self) -> ex.Material:
         """The material with a text of a fourth kind for what it measures, under the third's name:
         the Python language reference, as this Python carries it."""
@@ -159,28 +139,32 @@ class Bench:
                             "base": lm.losses(tokens_RT, x_RTD)}
         return material
 
-    def on_unnamed_text(self, config: ex.CustomSAEConfig, unnamed: ex.Material) -> dict[str, Any]:
-        """Areas of the row's SAEs when that text takes the third text's place in the cost, of all
-        settings that are not hopeless on the study's texts."""
-        seeds, samples = [], []
-        contents = ex.checksum({"tokens": unnamed.heldout["tokens"]}, "")
-        evaluated = self.evaluated(config)
+    def elsewhere(self, config: ex.CustomSAEConfig, other: ex.Material) -> dict[str, Any]:
+        """Areas of the row's SAEs by the texts of `other`, and by the study's own where it has none
+        of a kind; of all settings that are not hopeless on the study's."""
+        held, evaluated, seeds, samples = other.heldout, self.evaluated(config), [], []
+        domain_R = held["domain"][held["rows"]].numpy()
+        contents = ex.checksum({"tokens": held["tokens"][held["rows"]]}, "")
         for seed, trained in self.trained(config).items():
             before = evaluated[seed]["unlearning"]
 
             def build(before: dict = before, trained: ex.TrainedSAE = trained) -> dict:
                 use = ex.feature_statistics(trained, self.buffer, config.frequency_tokens)
-                rises = rises_of(trained, unnamed, use, before["settings"])
+                rises = rises_of(trained, other, use, before["settings"])
                 return {str(place): rise_R.tolist() for place, rise_R in rises.items()}
 
-            rises = self.kept("unnamed", config, seed, trained, build, contents, HOPELESS)
-            nothing = [0.0] * len(before["samples"]["forget_rise"][0])
-            sample = {f"{name}_rise": [before["samples"][f"{name}_rise"][int(place)]
-                                       if int(place) >= 0 else nothing for place in rises]
-                      for name in ex.DOMAINS[: ex.OTHER]}
-            sample["other_rise"] = list(rises.values())
-            texts = [np.array(sample[f"{domain}_rise"]) for domain in ex.DOMAINS]
-            seeds.append({"seed": seed, "unlearning_area": ex.unlearning_area(*texts)})
+            rises = self.kept("elsewhere", config, seed, trained, build, contents, HOPELESS)
+            rise_SR, places = np.array(list(rises.values())), [int(place) for place in rises]
+            sample = {}
+            for k, name in enumerate(ex.DOMAINS):
+                known = before["samples"][f"{name}_rise"]
+                known = [*known, [0.0] * len(known[0])]  # at -1, doing nothing
+                sample[f"{name}_rise"] = (rise_SR[:, domain_R == k].tolist() if k in domain_R
+                                          else [known[place] for place in places])
+            texts = [np.array(sample[f"{name}_rise"]) for name in ex.DOMAINS]
+            seeds.append({"seed": seed, "unlearning_area": ex.unlearning_area(*texts),
+                          "unlearning_area_labelled": ex.unlearning_area(*texts[: ex.OTHER])
+                          if ex.RETAIN in domain_R else None})
             samples.append({"samples": sample})
         return {"seeds": seeds, "unlearning": {"per_seed": samples}}
 
@@ -309,8 +293,8 @@ def main() -> None:
     line("---", itertools.repeat("---", len(COLUMNS)))
     compared(FRESH, bench.fresh)
     further, unnamed = bench.further_text(), bench.unnamed_text()
-    compared(pair, lambda run: bench.fresh(run, bench.on_further_text, further), ", further text")
-    compared(pair, lambda run: bench.fresh(run, bench.on_unnamed_text, unnamed), ", fourth text")
+    compared(pair, lambda run: bench.fresh(run, bench.elsewhere, further), ", further text")
+    compared(pair, lambda run: bench.fresh(run, bench.elsewhere, unnamed), ", fourth text")
     for name, (run, changes) in CHANGED.items():
         show(name, as_info(bench.evaluated(bench.row(run, **changes))), vanilla)
     if not bench.material.corpus["learn"]["other"]:
@@ -320,7 +304,7 @@ def main() -> None:
         bench.informed(bench.row(run, first_seed=FIRST_SEEDS[0]), x_ND)), ", informed choice")
     broad, four = bench.broad(), {name: run for name, run in FRESH.items() if run != "run_3"}
     compared(four, broad.fresh, ", broad labels")
-    compared(pair, lambda run: broad.fresh(run, broad.on_unnamed_text, unnamed),
+    compared(pair, lambda run: broad.fresh(run, broad.elsewhere, unnamed),
              ", broad labels, fourth text")
 
 

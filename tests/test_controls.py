@@ -108,7 +108,7 @@ def test_further_text_is_new_and_measured_as_the_study_s(bench, monkeypatch):
     torch.testing.assert_close(held["base"], bench.material.lm.losses(
         tokens, held["x"][held["rows"]]), atol=1e-4, rtol=0)
     # on the study's own text it gives the study's own areas
-    again = bench.on_further_text(config, bench.material)
+    again = bench.elsewhere(config, bench.material)
     for row, theirs in zip(again["seeds"], ex.read_result(Path("run_8"))["seeds"], strict=True):
         for key in ("unlearning_area", "unlearning_area_labelled"):
             assert row[key] == pytest.approx(theirs[key], abs=1e-6)
@@ -121,14 +121,14 @@ def test_a_fourth_text_takes_the_third_one_s_place(bench, monkeypatch):
     assert "The" in bench.material.lm.tokenizer.decode(fourth.heldout["tokens"].flatten())
     known = {tuple(row.tolist()) for row in held["tokens"]}
     assert not known & {tuple(row.tolist()) for row in fourth.heldout["tokens"]}
-    seeds = bench.on_unnamed_text(bench.row("run_8"), fourth)["seeds"]
+    seeds = bench.elsewhere(bench.row("run_8"), fourth)["seeds"]
     study = ex.read_result(Path("run_8"))["seeds"]
     assert [row["unlearning_area"] for row in seeds] != [row["unlearning_area"] for row in study]
     # the third text itself there gives the study's own areas
     own = (held["domain"][held["rows"]] == ex.OTHER).nonzero()[:, 0]
     fourth.heldout = {**held, "rows": held["rows"][own], "base": held["base"][own]}
     vars(fourth).pop("frontier")
-    again = bench.on_unnamed_text(bench.row("run_8"), fourth)["seeds"]
+    again = bench.elsewhere(bench.row("run_8"), fourth)["seeds"]
     for row, theirs in zip(again, study, strict=True):  # whose samples are kept to 1e-4
         assert row["unlearning_area"] == pytest.approx(theirs["unlearning_area"], abs=1e-4)
 
