@@ -12,7 +12,8 @@ Last, why unlearning ends where it does. On run_10's seeds, once a feature may o
 is as rare on the third text (its learn half) as on retain text: is it the SAE that limits
 unlearning, or that the choice of features does not know what else must be spared? And on all six,
 broad labels: SAEs trained, and features chosen, with as much third text in the retain text as was
-there before. What if the labels name all that is to stay?
+there before. What if the labels name all that is to stay? Or, with two glossaries of computing in
+its place, something of the same manner but not the third text itself?
 
 Printed are means ± standard errors and, below each line, paired differences with 95 % intervals, as
 in final_info.json, to the vanilla SAEs of the same seeds. Everything is kept in the cache as runs
@@ -23,12 +24,15 @@ command has. Environment variables are those of experiment.py.
 import copy
 import dataclasses
 import itertools
+import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -60,6 +64,28 @@ COLUMNS = {
     "sae_test_accuracy": "probe, all",
 }
 Results = dict[int, dict[str, Any]]  # by seed, its evaluations
+
+
+class Glossaries(ex.Standin):
+    """Two glossaries of computing, from the package index like the stand-in substrate."""
+
+    requirements = Path(__file__).parent / "requirements-glossaries.txt"
+
+    def texts(self) -> list[str]:
+        """Term and definition, of the Jargon File and of the Common Weakness Enumeration."""
+        (slang,) = self.read("jargon-file", r"jargon\.json$").values()
+        texts = [(entry["term"], " ".join(sense["definition"] for sense in entry["senses"]))
+                 for entry in json.loads(slang)]
+        (weaknesses,) = self.read("cwe2", r"cwec_v[\d.]+\.xml$").values()
+        root = ElementTree.fromstring(weaknesses)
+        space = root.tag.removesuffix("Weakness_Catalog")
+        for entry in root.iter(f"{space}Weakness"):
+            parts = (entry.find(space + name) for name in ("Description", "Extended_Description"))
+            definition = " ".join(" ".join(part.itertext()) for part in parts if part is not None)
+            texts.append((entry.get("Name"), definition))
+        colour = r"\x1b\[\d+m"
+        return [" ".join(re.sub(colour, "", f"{term}: {definition}").split())
+                for term, definition in texts]
 
 
 class Bench:
@@ -180,22 +206,22 @@ class Bench:
         x_ND = torch.cat([lm.residual(part).flatten(0, 1) for part in parts])
         return x_ND[x_ND.float().norm(dim=1) < self.material.sink_norm]
 
-    def broad(self) -> "Bench":
+    def broad(self, name: str, more: list[str]) -> "Bench":
         """The bench of a study whose retain text, in training and in the choice of features, is
-        retain text and as much of the third text's learn half, with one label; it is measured on
-        the same texts and questions."""
+        retain text and up to as much of `more`, with one label; it is measured on the same texts
+        and questions. `name` distinguishes what comes of it in the cache."""
         bench, material = copy.copy(self), copy.copy(self.material)
-        for name in ("heldout", "frontier", "questions", "probe_sets"):
-            getattr(material, name)  # as all rows have them
+        for part in ("heldout", "frontier", "questions", "probe_sets"):
+            getattr(material, part)  # as all rows have them
         learn, sink_norm = material.corpus["learn"], material.sink_norm
-        third = ex.shuffled(learn["other"], "third")  # a dictionary is in order
-        ends = np.cumsum([len(text) for text in third])
-        third = third[: int(np.searchsorted(ends, sum(map(len, learn["retain"]))))]
-        retain = [*learn["retain"], *third]
+        more = ex.shuffled(more, "third")  # a dictionary is in order
+        ends = np.cumsum([len(text) for text in more])
+        more = more[: int(np.searchsorted(ends, sum(map(len, learn["retain"]))))]
+        retain = [*learn["retain"], *more]
         vars(material)["corpus"] = {**material.corpus, "learn": {**learn, "retain": retain}}
         bench.material, bench.buffer = material, material.activations()
         material.sink_norm = sink_norm
-        material.causes = (*material.causes, "broad")  # a name of its own for what comes of it
+        material.causes = (*material.causes, name)
         return bench
 
     def informed(self, config: ex.CustomSAEConfig, x_ND: torch.Tensor) -> Results:
@@ -302,10 +328,15 @@ def main() -> None:
     x_ND = bench.third_text()
     compared(pair, lambda run: as_info(
         bench.informed(bench.row(run, first_seed=FIRST_SEEDS[0]), x_ND)), ", informed choice")
-    broad, four = bench.broad(), {name: run for name, run in FRESH.items() if run != "run_3"}
+    broad = bench.broad("broad", bench.material.corpus["learn"]["other"])
+    four = {name: run for name, run in FRESH.items() if run != "run_3"}
     compared(four, broad.fresh, ", broad labels")
     compared(pair, lambda run: broad.fresh(run, broad.elsewhere, unnamed),
              ", broad labels, fourth text")
+    near = bench.broad("glossaries", Glossaries(bench.material.cache).texts())
+    compared(four, near.fresh, ", glossaries")
+    compared(pair, lambda run: near.fresh(run, near.elsewhere, further),
+             ", glossaries, further text")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The study's controls: they read what runs leave in the cache, and change one thing at a time."""
 
 import functools
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -74,7 +76,7 @@ def test_broad_labels_call_as_much_third_text_retain_text(bench):
     vars(bench.material)["corpus"] = with_third_text(corpus)
     third = bench.material.corpus["learn"]["other"]
     config, before = bench.row("run_8"), bench.evaluated(bench.row("run_8"))
-    broad = bench.broad()
+    broad = bench.broad("broad", third)
     assert bench.material.corpus["learn"]["retain"] == corpus["learn"]["retain"]
     retain = broad.material.corpus["learn"]["retain"]
     added = [text for text in retain if text in set(third)]
@@ -92,6 +94,24 @@ def test_broad_labels_call_as_much_third_text_retain_text(bench):
     assert list(after) == list(before)
     assert after != before
     assert bench.evaluated(config) == before
+
+
+def test_glossaries_are_terms_with_their_definitions(tmp_path, monkeypatch):
+    files = {"jargon-file": {"data/jargon.json": json.dumps([
+                 {"term": "foo", "senses": [{"definition": "A \x1b[36mname\x1b[0m."},
+                                            {"definition": "See\n bar."}]}])},
+             "cwe2": {"cwe2/database/cwec_v4.14.xml":
+                      '<Weakness_Catalog xmlns="http://cwe"><Weaknesses><Weakness Name="Overflow">'
+                      "<Description>Too much.</Description><Extended_Description><p>By\n one.</p>"
+                      "</Extended_Description></Weakness><Weakness Name=\"Race\"><Description>Too "
+                      "late.</Description></Weakness></Weaknesses></Weakness_Catalog>",
+                      "cwe2/cwe.NOTICE": "not this"}}
+    monkeypatch.setattr(controls.Glossaries, "read", lambda _, package, inside: {
+        name: text for name, text in files[package].items() if re.search(inside, name)})
+    glossaries = controls.Glossaries(ex.Cache(tmp_path))
+    assert set(glossaries.wheels) == set(files)
+    assert glossaries.texts() == [
+        "foo: A name. See bar.", "Overflow: Too much. By one.", "Race: Too late."]
 
 
 def test_further_text_is_new_and_measured_as_the_study_s(bench, monkeypatch):
@@ -140,11 +160,14 @@ def test_an_interrupted_command_goes_on_where_it_was(bench, monkeypatch, capsys)
     monkeypatch.setattr(ex.Material, "corpus", corpus)
     monkeypatch.setattr(controls, "FRESH", {"vanilla": "run_8", "other": "run_4"})
     monkeypatch.setattr(controls, "CHANGED", {"not trained": ("run_8", {"steps": 0})})
+    glossaries = [f"term {n}: what machines of kind {n} are called" for n in range(4000)]
+    monkeypatch.setattr(controls.Glossaries, "texts", lambda _: glossaries)
     controls.main()
     first = capsys.readouterr().out
-    assert first.count("minus vanilla") == 7
+    assert first.count("minus vanilla") == 9
     assert "| vanilla (4) |" in first
-    for how in ("further text", "fourth text", "broad labels", "broad labels, fourth text"):
+    for how in ("further text", "fourth text", "broad labels", "broad labels, fourth text",
+                "glossaries", "glossaries, further text"):
         assert f"| vanilla, {how} (4) |" in first
     assert "| vanilla, informed choice (2) |" in first
     monkeypatch.setattr(ex, "write_tensors", forbidden)
