@@ -13,7 +13,8 @@ is as rare on the third text (its learn half) as on retain text: is it the SAE t
 unlearning, or that the choice of features does not know what else must be spared? And on all six,
 broad labels: SAEs trained, and features chosen, with as much third text in the retain text as was
 there before. What if the labels name all that is to stay? Or, with two glossaries of computing in
-its place, something of the same manner but not the third text itself?
+its place, something of the same manner but not the third text itself? Beside each kind of label,
+what it gives without an SAE: one direction, found by the labels, in the place of features.
 
 Printed are means ± standard errors and, below each line, paired differences with 95 % intervals, as
 in final_info.json, to the vanilla SAEs of the same seeds. Everything is kept in the cache as runs
@@ -36,6 +37,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -224,6 +226,32 @@ class Bench:
         material.causes = (*material.causes, name)
         return bench
 
+    def without_sae(self, find: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+                    ) -> dict[str, Any]:
+        """Unlearning by one direction, clamped and measured as a feature is. `find` gives it from
+        forget and retain tokens [N, D] of the learn text by which features are chosen."""
+        config = self.row("run_8")
+
+        def build() -> tuple[dict, dict[str, Any]]:
+            samples = [self.buffer.sample(domain, config.frequency_tokens)
+                       for domain in (ex.FORGET, ex.RETAIN)]
+            trained = ex.TrainedSAE(labelled_features(*samples, find(*samples)), self.buffer.scale)
+            size_F = ex.feature_statistics(trained, self.buffer, config.frequency_tokens).size_F
+            settings, effects = [], []
+            for place, multiplier in ex.progress(
+                    [*itertools.product(range(len(ex.THRESHOLDS)), ex.MULTIPLIERS)], "direction"):
+                features = torch.tensor([place])
+                settings.append(dict(threshold=ex.THRESHOLDS[place], n_features=1,
+                                     multiplier=multiplier, n_selected=1))
+                effects.append(ex.apply_setting(
+                    trained, self.material, features, -multiplier * size_F[features], ask=True))
+            return {}, ex.summarize_unlearning(settings, effects, self.material)
+
+        causes = (config, self.material.causes, len(self.buffer), ex.EVALUATION_CODE,
+                  ex.source_of(find, labelled_features))
+        name = f"{self.material.substrate.name}/{find.__name__}"
+        return self.material.cache.get(name, causes, build)[1]
+
     def informed(self, config: ex.CustomSAEConfig, x_ND: torch.Tensor) -> Results:
         """The row's evaluations, but in unlearning a feature must be rare on `x_ND` too."""
         material, _ = self.as_row(config)
@@ -241,6 +269,36 @@ class Bench:
             unlearning = self.kept("informed", config, seed, trained, build, contents)
             found[seed] = {**found[seed], "unlearning": unlearning}
         return found
+
+
+def mean_difference(forget_ND: torch.Tensor, retain_ND: torch.Tensor) -> torch.Tensor:
+    return forget_ND.mean(0) - retain_ND.mean(0)
+
+
+def logistic_regression(forget_ND: torch.Tensor, retain_ND: torch.Tensor) -> torch.Tensor:
+    labels = np.repeat([True, False], [len(forget_ND), len(retain_ND)])
+    tokens_ND = torch.cat([forget_ND, retain_ND]).numpy()
+    fitted = LogisticRegression(max_iter=1000).fit(tokens_ND, labels)
+    return torch.from_numpy(fitted.coef_[0]).float()
+
+
+def labelled_features(forget_ND: torch.Tensor, retain_ND: torch.Tensor,
+                      direction_D: torch.Tensor) -> ex.CustomSAE:
+    """An SAE of one feature for each of `ex.THRESHOLDS`, the part of retain tokens it fires on. All
+    read along `direction_D` and write along what the forget tokens on which they fire have more
+    than retain text, in units in which their mean activation there is how much that is."""
+    sae = ex.CustomSAE(len(direction_D), len(ex.THRESHOLDS), ex.randomness("labelled"))
+    middle_D = retain_ND.mean(0)
+    forget_N, retain_N = ((part - middle_D) @ direction_D for part in (forget_ND, retain_ND))
+    with torch.no_grad():
+        sae.b_dec.copy_(middle_D)
+        for place, threshold in enumerate(ex.THRESHOLDS):
+            cut = retain_N.quantile(1 - threshold)
+            more_D = forget_ND[forget_N > cut].mean(0) - middle_D
+            gain = more_D.norm() / (forget_N[forget_N > cut] - cut).mean()
+            sae.W_dec[place] = more_D / more_D.norm()
+            sae.W_enc_FD[place], sae.b_enc[place] = gain * direction_D, -gain * cut
+    return sae
 
 
 def rises_of(trained: ex.TrainedSAE, material: ex.Material, use: ex.FeatureStatistics,
@@ -305,6 +363,20 @@ def show(name: str, info: dict[str, Any], vanilla: dict[str, Any] | None = None)
                                if key in gaps else "-" for key in COLUMNS))
 
 
+def show_without_sae(bench: Bench, how: str = "") -> None:
+    """What one labelled direction does: the number and its 95 % interval by texts or questions."""
+    names = {"unlearning_area": "area", "unlearning_area_labelled": "area_labelled",
+             "accuracy_area": "accuracy_area", "unlearning_score": "score"}
+    for find in (mean_difference, logistic_regression):
+        found = bench.without_sae(find)
+        cells = []
+        for key in COLUMNS:
+            interval = found[f"{names[key]}_interval"] if key in names else None
+            cells.append("{:.3f} ({:.3f} to {:.3f})".format(found[names[key]], *interval)
+                         if interval else "-")
+        line(f"no SAE, {find.__name__.replace('_', ' ')}{how}", cells)
+
+
 def line(name: str, cells: Iterable[str]) -> None:
     print("|", " | ".join((name, *cells)), "|", flush=True)
 
@@ -318,6 +390,7 @@ def main() -> None:
     line("row (seeds)", COLUMNS.values())
     line("---", itertools.repeat("---", len(COLUMNS)))
     compared(FRESH, bench.fresh)
+    show_without_sae(bench)
     further, unnamed = bench.further_text(), bench.unnamed_text()
     compared(pair, lambda run: bench.fresh(run, bench.elsewhere, further), ", further text")
     compared(pair, lambda run: bench.fresh(run, bench.elsewhere, unnamed), ", fourth text")
@@ -331,10 +404,12 @@ def main() -> None:
     broad = bench.broad("broad", bench.material.corpus["learn"]["other"])
     four = {name: run for name, run in FRESH.items() if run != "run_3"}
     compared(four, broad.fresh, ", broad labels")
+    show_without_sae(broad, ", broad labels")
     compared(pair, lambda run: broad.fresh(run, broad.elsewhere, unnamed),
              ", broad labels, fourth text")
     near = bench.broad("glossaries", Glossaries(bench.material.cache).texts())
     compared(four, near.fresh, ", glossaries")
+    show_without_sae(near, ", glossaries")
     compared(pair, lambda run: near.fresh(run, near.elsewhere, further),
              ", glossaries, further text")
 

@@ -96,6 +96,25 @@ def test_broad_labels_call_as_much_third_text_retain_text(bench):
     assert bench.evaluated(config) == before
 
 
+@pytest.mark.parametrize("find", [controls.mean_difference, controls.logistic_regression])
+def test_a_labelled_direction_is_found_and_measured_in_its_own_units(find, generator):
+    """Forget tokens are retain tokens moved by 5 along one axis, of spread 1 along each."""
+    retain_ND, forget_ND = torch.randn(2, 20_000, 8, generator=generator)
+    retain_ND[:, 3] += 2.0
+    forget_ND[:, 3] += 7.0
+    sae = controls.labelled_features(forget_ND, retain_ND, find(forget_ND, retain_ND))
+    forget_NF, retain_NF = sae.encode(forget_ND).detach(), sae.encode(retain_ND).detach()
+    for place, threshold in enumerate(ex.THRESHOLDS):
+        assert float((retain_NF[:, place] > 0).float().mean()) == pytest.approx(threshold, abs=2e-4)
+        fires = forget_NF[:, place] > 0
+        assert float(fires.float().mean()) > 0.95
+        axis = sae.W_dec[place].detach()
+        assert float(axis[3]) == pytest.approx(1.0, abs=1e-3)
+        more = ((forget_ND[fires] - retain_ND.mean(0)) @ axis).mean()
+        assert float(forget_NF[fires, place].mean()) == pytest.approx(float(more), rel=1e-4)
+        assert float(more) == pytest.approx(5.0, abs=0.2)
+
+
 def test_glossaries_are_terms_with_their_definitions(tmp_path, monkeypatch):
     files = {"jargon-file": {"data/jargon.json": json.dumps([
                  {"term": "foo", "senses": [{"definition": "A \x1b[36mname\x1b[0m."},
@@ -170,6 +189,9 @@ def test_an_interrupted_command_goes_on_where_it_was(bench, monkeypatch, capsys)
                 "glossaries", "glossaries, further text"):
         assert f"| vanilla, {how} (4) |" in first
     assert "| vanilla, informed choice (2) |" in first
+    for how in ("", ", broad labels", ", glossaries"):
+        assert f"| no SAE, mean difference{how} |" in first
+        assert f"| no SAE, logistic regression{how} |" in first
     monkeypatch.setattr(ex, "write_tensors", forbidden)
     controls.main()
     assert capsys.readouterr().out == first
