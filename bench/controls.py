@@ -66,6 +66,7 @@ COLUMNS = {
     "sae_test_accuracy": "probe, all",
 }
 Results = dict[int, dict[str, Any]]  # by seed, its evaluations
+Find = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Glossaries(ex.Standin):
@@ -226,31 +227,47 @@ class Bench:
         material.causes = (*material.causes, name)
         return bench
 
-    def without_sae(self, find: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-                    ) -> dict[str, Any]:
+    def without_sae(self, find: Find, other: ex.Material | None = None) -> dict[str, Any]:
         """Unlearning by one direction, clamped and measured as a feature is. `find` gives it from
-        forget and retain tokens [N, D] of the learn text by which features are chosen."""
-        config = self.row("run_8")
+        forget and retain tokens [N, D] of the learn text by which features are chosen. With `other`
+        only the area, by the text there in the third's place, as `elsewhere` has it."""
+        config, cache = self.row("run_8"), self.material.cache
+        name = f"{self.material.substrate.name}/{find.__name__}"
+        settings = [*itertools.product(range(len(ex.THRESHOLDS)), ex.MULTIPLIERS)]
+        causes = (config, self.material.causes, len(self.buffer), ex.EVALUATION_CODE,
+                  ex.source_of(find, labelled_features))
 
-        def build() -> tuple[dict, dict[str, Any]]:
+        def effects(material: ex.Material, places: Iterable[int], ask: bool) -> list[ex.Effect]:
             samples = [self.buffer.sample(domain, config.frequency_tokens)
                        for domain in (ex.FORGET, ex.RETAIN)]
             trained = ex.TrainedSAE(labelled_features(*samples, find(*samples)), self.buffer.scale)
             size_F = ex.feature_statistics(trained, self.buffer, config.frequency_tokens).size_F
-            settings, effects = [], []
-            for place, multiplier in ex.progress(
-                    [*itertools.product(range(len(ex.THRESHOLDS)), ex.MULTIPLIERS)], "direction"):
-                features = torch.tensor([place])
-                settings.append(dict(threshold=ex.THRESHOLDS[place], n_features=1,
-                                     multiplier=multiplier, n_selected=1))
-                effects.append(ex.apply_setting(
-                    trained, self.material, features, -multiplier * size_F[features], ask=True))
-            return {}, ex.summarize_unlearning(settings, effects, self.material)
+            return [ex.apply_setting(trained, material, torch.tensor([feature]),
+                                     -multiplier * size_F[[feature]], ask)
+                    for feature, multiplier in (settings[place] for place in places)]
 
-        causes = (config, self.material.causes, len(self.buffer), ex.EVALUATION_CODE,
-                  ex.source_of(find, labelled_features))
-        name = f"{self.material.substrate.name}/{find.__name__}"
-        return self.material.cache.get(name, causes, build)[1]
+        def build() -> tuple[dict, dict[str, Any]]:
+            records = [dict(threshold=ex.THRESHOLDS[feature], n_features=1, n_selected=1,
+                            multiplier=multiplier) for feature, multiplier in settings]
+            every = ex.progress(range(len(settings)), "direction")
+            return {}, ex.summarize_unlearning(
+                records, effects(self.material, every, ask=True), self.material)
+
+        study = cache.get(name, causes, build)[1]
+        if not other:
+            return study
+        places = [place for place, setting in enumerate(study["settings"])
+                  if max(setting["retain_ce_rise"], setting["other_ce_rise"] or 0.0) <= HOPELESS]
+
+        def build_other() -> tuple[dict, list[list[float]]]:
+            return {}, [effect.rise_R.tolist() for effect in effects(other, places, ask=False)]
+
+        contents = ex.checksum({"tokens": other.heldout["tokens"]}, "")
+        rises = cache.get(f"{name}-elsewhere", (*causes, contents, places), build_other)[1]
+        texts = [np.array(study["samples"][f"{domain}_rise"])[places]
+                 for domain in ex.DOMAINS[: ex.OTHER]] + [np.array(rises)]
+        return {"area": ex.unlearning_area(*texts),
+                "area_interval": ex.bootstrap(ex.unlearning_area, *texts)}
 
     def informed(self, config: ex.CustomSAEConfig, x_ND: torch.Tensor) -> Results:
         """The row's evaluations, but in unlearning a feature must be rare on `x_ND` too."""
@@ -363,15 +380,14 @@ def show(name: str, info: dict[str, Any], vanilla: dict[str, Any] | None = None)
                                if key in gaps else "-" for key in COLUMNS))
 
 
-def show_without_sae(bench: Bench, how: str = "") -> None:
+def show_without_sae(bench: Bench, how: str = "", other: ex.Material | None = None) -> None:
     """What one labelled direction does: the number and its 95 % interval by texts or questions."""
     names = {"unlearning_area": "area", "unlearning_area_labelled": "area_labelled",
              "accuracy_area": "accuracy_area", "unlearning_score": "score"}
     for find in (mean_difference, logistic_regression):
-        found = bench.without_sae(find)
-        cells = []
+        found, cells = bench.without_sae(find, other), []
         for key in COLUMNS:
-            interval = found[f"{names[key]}_interval"] if key in names else None
+            interval = found.get(f"{names.get(key)}_interval")
             cells.append("{:.3f} ({:.3f} to {:.3f})".format(found[names[key]], *interval)
                          if interval else "-")
         line(f"no SAE, {find.__name__.replace('_', ' ')}{how}", cells)
@@ -394,6 +410,7 @@ def main() -> None:
     further, unnamed = bench.further_text(), bench.unnamed_text()
     compared(pair, lambda run: bench.fresh(run, bench.elsewhere, further), ", further text")
     compared(pair, lambda run: bench.fresh(run, bench.elsewhere, unnamed), ", fourth text")
+    show_without_sae(bench, ", fourth text", unnamed)
     for name, (run, changes) in CHANGED.items():
         show(name, as_info(bench.evaluated(bench.row(run, **changes))), vanilla)
     if not bench.material.corpus["learn"]["other"]:
@@ -407,6 +424,7 @@ def main() -> None:
     show_without_sae(broad, ", broad labels")
     compared(pair, lambda run: broad.fresh(run, broad.elsewhere, unnamed),
              ", broad labels, fourth text")
+    show_without_sae(broad, ", broad labels, fourth text", unnamed)
     near = bench.broad("glossaries", Glossaries(bench.material.cache).texts())
     compared(four, near.fresh, ", glossaries")
     show_without_sae(near, ", glossaries")

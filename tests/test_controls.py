@@ -170,6 +170,11 @@ def test_a_fourth_text_takes_the_third_one_s_place(bench, monkeypatch):
     again = bench.elsewhere(bench.row("run_8"), fourth)["seeds"]
     for row, theirs in zip(again, study, strict=True):  # whose samples are kept to 1e-4
         assert row["unlearning_area"] == pytest.approx(theirs["unlearning_area"], abs=1e-4)
+    monkeypatch.setattr(ex, "MULTIPLIERS", (-2.0, -8.0))  # what raises a random model's losses
+    for find in (controls.mean_difference, controls.logistic_regression):
+        one, same = (bench.without_sae(find, text) for text in (None, fourth))
+        assert same["area"] == pytest.approx(one["area"], abs=1e-4)
+        assert one["area_labelled"] >= one["area"] > 0.01
 
 
 def test_an_interrupted_command_goes_on_where_it_was(bench, monkeypatch, capsys):
@@ -189,7 +194,8 @@ def test_an_interrupted_command_goes_on_where_it_was(bench, monkeypatch, capsys)
                 "glossaries", "glossaries, further text"):
         assert f"| vanilla, {how} (4) |" in first
     assert "| vanilla, informed choice (2) |" in first
-    for how in ("", ", broad labels", ", glossaries"):
+    for how in ("", ", fourth text", ", broad labels", ", broad labels, fourth text",
+                ", glossaries"):
         assert f"| no SAE, mean difference{how} |" in first
         assert f"| no SAE, logistic regression{how} |" in first
     monkeypatch.setattr(ex, "write_tensors", forbidden)
