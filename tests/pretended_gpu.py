@@ -89,6 +89,7 @@ def run(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     tensors = [part for part in leaves if isinstance(part, torch.Tensor)]
     there = [part for part in tensors if isinstance(part, OnGPU)]
     device = kwargs.get("device")
+    # "meta": made by an operation's own parts, for a tensor that is there
     is_made_there = device is not None and torch.device(device).type in ("cuda", "meta")
     result_there = is_made_there if device is not None else bool(there)
     if there or is_made_there:
