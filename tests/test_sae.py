@@ -97,7 +97,7 @@ def test_decoder_rows_and_gradient():
     sae, z = make()
     gradients(sae, sae.sparse_code(z))
     sae.remove_parallel_gradient_()
-    along = (sae.W_dec.grad * sae.W_dec).sum(1)
+    along = (sae.W_dec.grad * sae.W_dec).sum(1).detach()
     assert float(along.abs().max()) < 1e-5
     with torch.no_grad():
         sae.W_dec.mul_(3.0)
