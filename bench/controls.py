@@ -375,13 +375,17 @@ def show(name: str, info: dict[str, Any], vanilla: dict[str, Any] | None = None)
         "-" if means[key] is None else f"{means[key]:.3f} ± {stderrs[key]:.3f}" for key in COLUMNS))
     if vanilla:
         samples = [part["samples"] for part in info["unlearning"]["per_seed"]]
-        gaps = ex.compare(info["seeds"], samples, vanilla)
-        line("minus vanilla", ("{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**gaps[key])
-                               if key in gaps else "-" for key in COLUMNS))
+        show_gaps("minus vanilla", ex.compare(info["seeds"], samples, vanilla))
+
+
+def show_gaps(name: str, gaps: dict[str, Any]) -> None:
+    line(name, ("{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**gaps[key])
+                if key in gaps else "-" for key in COLUMNS))
 
 
 def show_without_sae(bench: Bench, how: str = "", other: ex.Material | None = None) -> None:
-    """What one labelled direction does: the number and its 95 % interval by texts or questions."""
+    """What one labelled direction does: the number and its 95 % interval by texts or questions,
+    and on the study's texts how it differs from the adaptive SAEs."""
     names = {"unlearning_area": "area", "unlearning_area_labelled": "area_labelled",
              "accuracy_area": "accuracy_area", "unlearning_score": "score"}
     for find in (mean_difference, logistic_regression):
@@ -391,6 +395,12 @@ def show_without_sae(bench: Bench, how: str = "", other: ex.Material | None = No
             cells.append("{:.3f} ({:.3f} to {:.3f})".format(found[names[key]], *interval)
                          if interval else "-")
         line(f"no SAE, {find.__name__.replace('_', ' ')}{how}", cells)
+        if not other:
+            adaptive = bench.fresh(TWO[1])
+            same = {key: found[name] for key, name in names.items()}
+            rows = [{"seed": row["seed"], **same} for row in adaptive["seeds"]]
+            gaps = ex.compare(rows, [found["samples"]] * len(rows), adaptive)
+            show_gaps(f"minus {TWO[1]}", gaps)
 
 
 def line(name: str, cells: Iterable[str]) -> None:

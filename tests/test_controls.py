@@ -189,6 +189,7 @@ def test_an_interrupted_command_goes_on_where_it_was(bench, monkeypatch, capsys)
     controls.main()
     first = capsys.readouterr().out
     assert first.count("minus vanilla") == 9
+    assert first.count("minus run_4") == 6
     assert "| vanilla (4) |" in first
     for how in ("further text", "fourth text", "broad labels", "broad labels, fourth text",
                 "glossaries", "glossaries, further text"):
