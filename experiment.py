@@ -79,6 +79,7 @@ class CustomSAEConfig:
     alpha: float = 0.05  # its strength; only the starting value of trainer.alpha
     eta: float = 4.0  # weight of L_use inside L_orth (adaptive)
     ortho_matrix: str = "decoder"  # which weights are kept apart: decoder | encoder
+    ortho_dtype: str = "auto"  # of L_dir's products: auto | float32 | bfloat16
     ortho_every: int = 8  # steps between two computations of L_dir's gradient, used at every one
     regroup_every: int = 250  # steps between two groupings, the first when alpha has ramped up
     group_size: int = 64  # M < D, so that every group has a finite condition number
@@ -963,12 +964,13 @@ def choose_substrate(choice: str, cache: Cache) -> Standin | Pythia:
 def faster_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where matrix products are much faster in it on this device, else float32.
 
-    On processors with matrix units it wins five times over, on others it loses. The processor is
-    asked, not timed: a repetition must get the same answer.
+    On processors with products in bfloat16 it wins two to five times over, on others it loses. The
+    processor is asked, not timed: a repetition must get the same answer.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+    has = torch.cpu.get_capabilities()
+    return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
 
 
 class HookedLM:
@@ -1080,7 +1082,8 @@ class ActivationBuffer:
         square, start = 0.0, 0
         for (tensors, _), size in zip(shards, sizes):
             self.acts_ND[start : start + size] = tensors["acts"]
-            square += float(tensors["acts"].float().square().sum(dtype=torch.float64))
+            norm = torch.linalg.vector_norm(tensors["acts"], dim=1, dtype=torch.float32)
+            square += float(norm.double().square().sum())
             start += size
         self.scale = math.sqrt(square / len(self))  # c: root mean square norm
         self.order: tuple[Any, Tensor] = (None, torch.empty(0))
@@ -1706,7 +1709,7 @@ class CustomSAE(nn.Module):
     @torch.no_grad()
     def remove_parallel_gradient_(self) -> None:
         """Leave only the part of the gradient that turns a decoder row, not what lengthens it."""
-        along_F = torch.bmm(self.W_dec.grad[:, None], self.W_dec[:, :, None]).flatten()
+        along_F = torch.linalg.vecdot(self.W_dec.grad, self.W_dec)
         self.W_dec.grad.addcmul_(self.W_dec, along_F[:, None], value=-1)
 
     @torch.no_grad()
@@ -1925,48 +1928,58 @@ def sharing(statistics: GroupStatistics, share_min: float, share_max: float, sha
 # ------------------------------------------------------------------------------------------------
 
 
+def by_group(W_FD: Tensor, groups_GM: Tensor) -> Tensor:
+    """Rows of each group [G, M, D]; `W_FD[groups_GM]` takes two to three times as long."""
+    return W_FD.index_select(0, groups_GM.flatten()).view(*groups_GM.shape, -1)
+
+
 class FramePotential(torch.autograd.Function):
     """Σ_{i≠j} ω_ij (w_i·w_j)² without the F × F Gram matrix; ω = 1 − s_g inside group g, else 1.
 
     ‖WᵀW‖_F² counts all pairs, so the diagonal Σ‖w_i‖⁴ and what the groups share is taken away:
     Σ_{i≠j} ω_ij (w_i·w_j)² = ‖WᵀW‖_F² − Σ‖w_i‖⁴ − Σ_g s_g (‖W_g W_gᵀ‖_F² − Σ_{i∈g}‖w_i‖⁴).
-    Time O(F·D·(D + M)), memory O(F·D). Frame potential: Benedetto and Fickus 2003.
+    Time O(F·D·(D + M)), memory O(F·D). Frame potential: Benedetto and Fickus 2003. W is
+    rounded to `dtype` and so are products; sums of squares keep W's own.
     """
 
     @staticmethod
-    def forward(ctx: Any, W_FD: Tensor, groups_GM: Tensor | None,
-                share_G: Tensor | None) -> Tensor:
-        gram_DD = W_FD.T @ W_FD
-        square_F = W_FD.square().sum(1)
+    def forward(ctx: Any, W_FD: Tensor, groups_GM: Tensor | None, share_G: Tensor | None,
+                dtype: torch.dtype) -> Tensor:
+        W_FD, exact = W_FD.to(dtype), W_FD.dtype
+        square_F = torch.linalg.vector_norm(W_FD, dim=1, dtype=exact).square()
+        gram_DD = (W_FD.T @ W_FD).to(exact)
         weight_F = torch.ones_like(square_F)  # of a row's own square in the gradient
         total = gram_DD.square().sum()
         gram_GMM = None
         if groups_GM is not None:
-            W_GMD = W_FD[groups_GM]
-            gram_GMM = share_G[:, None, None] * (W_GMD @ W_GMD.mT)
+            W_GMD = by_group(W_FD, groups_GM)
+            gram_GMM = share_G[:, None, None] * (W_GMD @ W_GMD.mT).to(exact)
             total = total - (gram_GMM.square().sum((1, 2)) / share_G.where(share_G != 0, 1)).sum()
             weight_F[groups_GM] -= share_G[:, None]
         total = total - (weight_F * square_F.square()).sum()
-        ctx.save_for_backward(W_FD, gram_DD, gram_GMM, groups_GM, weight_F * square_F)
+        mean = gram_DD.diagonal().mean()
+        gram_DD.diagonal().sub_(mean)  # mostly a multiple of I, which need not go through rounding
+        ctx.save_for_backward(W_FD, gram_DD, gram_GMM, groups_GM, weight_F * square_F - mean)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         W_FD, gram_DD, gram_GMM, groups_GM, own_F = ctx.saved_tensors
-        out_FD = W_FD @ gram_DD
+        out_FD = (W_FD @ gram_DD.to(W_FD.dtype)).to(gram_DD.dtype)
         out_FD.addcmul_(W_FD, own_F[:, None], value=-1)
         if groups_GM is not None:
-            within_GMD = gram_GMM @ W_FD[groups_GM]
-            out_FD.index_add_(0, groups_GM.view(-1), within_GMD.flatten(0, 1), alpha=-1)
-        return out_FD.mul_(4 * grad), None, None
+            within_GMD = (gram_GMM.to(W_FD.dtype) @ by_group(W_FD, groups_GM)).to(out_FD.dtype)
+            out_FD.index_add_(0, groups_GM.flatten(), within_GMD.flatten(0, 1), alpha=-1)
+        return out_FD.mul_(4 * grad), None, None, None
 
 
-def direction_loss(W_FD: Tensor, groups_GM: Tensor | None = None,
-                   share_G: Tensor | None = None) -> Tensor:
+def direction_loss(W_FD: Tensor, groups_GM: Tensor | None = None, share_G: Tensor | None = None,
+                   dtype: torch.dtype | None = None) -> Tensor:
     """L_dir = (D/F²) Σ_i Σ_{j≠i} ω_ij (w_i·w_j)², in units of the least frame potential F²/D of F
-    unit vectors (Welch bound); its floor at ω = 1 is 1 − D/F. Lower is better."""
+    unit vectors (Welch bound); its floor at ω = 1 is 1 − D/F. Lower is better. Its products take
+    factors of `dtype`, W's own unless told."""
     F, D = W_FD.shape
-    return FramePotential.apply(W_FD, groups_GM, share_G) * (D / F**2)
+    return FramePotential.apply(W_FD, groups_GM, share_G, dtype or W_FD.dtype) * (D / F**2)
 
 
 def gram_identity_loss(W_FD: Tensor) -> Tensor:
@@ -2067,6 +2080,8 @@ class CustomTrainer:
         self.l0 = 2.0 * config.target_l0  # running
         self.history: list[dict[str, Any]] = []
         self.kappa_random = random_condition_number(config.group_size, sae.d_in)
+        self.ortho_dtype = (faster_dtype(self.device) if config.ortho_dtype == "auto"
+                            else getattr(torch, config.ortho_dtype))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -2151,8 +2166,9 @@ class CustomTrainer:
         if row.orthogonality == "max_cosine":
             return max_cosine_loss(W_FD, randomness("chunks", self.seed, self.step_count))
         if row.orthogonality == "fixed":
-            return direction_loss(W_FD)
-        return direction_loss(W_FD, self.state["groups_GM"], self.state["direction_G"])
+            return direction_loss(W_FD, dtype=self.ortho_dtype)
+        return direction_loss(W_FD, self.state["groups_GM"], self.state["direction_G"],
+                              self.ortho_dtype)
 
     def add_direction_gradient_(self, fired_F: Tensor) -> None:
         """Turn the features that fired. (Adam makes equal steps of small gradients and large ones:

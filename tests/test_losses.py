@@ -36,6 +36,27 @@ def test_direction_loss_equals_gram_and_its_gradient(seed, unit):
     assert gradcheck(lambda w: ex.direction_loss(w, groups, share), W.clone().requires_grad_())
 
 
+@pytest.mark.parametrize(("spread", "tolerance"), [(1.0, 0.02), (0.1, 0.08)])
+def test_direction_loss_from_bfloat16_factors_turns_rows_the_same_way(generator, spread, tolerance):
+    """Value to a thousandth; what turns a row, that is the gradient across it, to two percent,
+    and to eight where the rows are nearly a tight frame and hardly anything is left to turn."""
+    bases = [torch.linalg.qr(torch.randn(64, 64, generator=generator))[0] for _ in range(8)]
+    W = torch.nn.functional.normalize(
+        torch.cat(bases) + spread * torch.randn(512, 64, generator=generator) / 8, dim=1)
+    groups = torch.randperm(512, generator=generator).view(16, 32)
+    share = torch.linspace(-8, 1, 16)
+    exact, rounded = W.double().requires_grad_(), W.clone().requires_grad_()
+    a = ex.direction_loss(exact, groups, share.double())
+    b = ex.direction_loss(rounded, groups, share, torch.bfloat16)
+    assert b.dtype == torch.float32
+    assert b.item() == pytest.approx(a.item(), rel=1e-3)
+    a.backward()
+    b.backward()
+    across = [g - (g * W).sum(1, keepdim=True) * W for g in (exact.grad.float(), rounded.grad)]
+    error = (across[1] - across[0]).norm(dim=1) / across[0].norm(dim=1).mean()
+    assert 0 < float(error.max()) < tolerance
+
+
 def test_direction_loss_floor_is_reached_by_a_tight_frame():
     W = torch.cat([torch.eye(5, dtype=torch.float64)] * 3)  # three orthonormal bases
     assert float(ex.direction_loss(W)) == pytest.approx(1 - 5 / 15, abs=1e-12)

@@ -75,12 +75,16 @@ def plain_loss(parts, trainer, z, domain):
     return loss + (row.orthogonality != "off") * trainer.alpha * (l_dir + row.eta * l_use)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("screen", ["float32", "int8"])
 @pytest.mark.parametrize("mode", ["off", "fixed", "adaptive", "max_cosine"])
 @pytest.mark.parametrize("matrix", ["decoder", "encoder"])
-def test_a_steps_gradients_equal_the_plain_dense_float64_ones(small_config, mode, matrix, screen):
+def test_a_steps_gradients_equal_the_plain_dense_float64_ones(small_config, mode, matrix, screen,
+                                                              precision):
+    """To rounding; where L_dir's products are in bfloat16, to a hundredth of its own gradient."""
     config = dataclasses.replace(small_config, orthogonality=mode, ortho_matrix=matrix, alpha=0.3,
-                                 steps=1000, ramp_fraction=0.01, regroup_every=10**6)
+                                 steps=1000, ramp_fraction=0.01, regroup_every=10**6,
+                                 ortho_dtype=precision)
     z, domain = planted_activations(256)
     sae = ex.CustomSAE(32, 128, ex.randomness("weights", 1), screen)
     sae.initialize_biases_(z, 12.0)
@@ -102,9 +106,12 @@ def test_a_steps_gradients_equal_the_plain_dense_float64_ones(small_config, mode
     along = (before["W_dec"].grad * before["W_dec"]).sum(1, keepdim=True)
     before["W_dec"].grad -= along.detach() * before["W_dec"].detach()
     terms = trainer.step(z, domain)
-    assert terms["loss"] == pytest.approx(float(loss), rel=1e-5)
+    rounded = precision == "bfloat16" and mode in ("fixed", "adaptive")
+    assert terms["loss"] == pytest.approx(float(loss), rel=1e-3 if rounded else 1e-5)
+    pull = trainer.alpha * trainer.state["pull_FD"].abs().max().item() if rounded else 0.0
     for name, part in sae.named_parameters():
-        torch.testing.assert_close(part.grad.double(), before[name].grad, rtol=1e-3, atol=2e-6)
+        torch.testing.assert_close(part.grad.double(), before[name].grad, rtol=1e-3,
+                                   atol=2e-6 + 0.01 * pull)
 
 
 def test_direction_term_lowers_the_frame_potential(small_config):
