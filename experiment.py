@@ -3323,9 +3323,10 @@ def run_locked(out_dir: Path, run: str, budget: str, config: CustomSAEConfig, ca
     return info
 
 
-def comparisons(rows: list[dict], evaluations: list[dict], record: dict,
+def comparisons(rows: list[dict], evaluations: list[dict], record: dict, precision: str,
                 out_dir: Path) -> dict[str, Any]:
-    """Paired differences to the fixed and the vanilla SAE, where these runs are finished."""
+    """Paired differences to the fixed and the vanilla SAE, where these runs are finished and had
+    the language model in the same precision, that is the same activations and questions."""
     found = {}
     for reference in ("run_7", "run_8"):
         other = read_result(out_dir.resolve().parent / reference)
@@ -3333,7 +3334,12 @@ def comparisons(rows: list[dict], evaluations: list[dict], record: dict,
         if same and reference != record["run"]:
             samples = [parts["unlearning"]["samples"] for parts in evaluations]
             try:
-                found[reference] = compare(rows, samples, other)
+                theirs = other["environment"]["language_model_dtype"]
+                if theirs == precision:
+                    found[reference] = compare(rows, samples, other)
+                else:
+                    say(f"{reference} had its language model in {theirs}, {record['run']} has it "
+                        f"in {precision}; not compared")
             except (LookupError, TypeError, ValueError, AttributeError) as error:
                 say(f"{reference} is of another version ({type(error).__name__}); not compared")
     return found
@@ -3352,14 +3358,16 @@ def collect(run: str, config: CustomSAEConfig, material: Material, record: dict,
     means, stderrs = mean_and_stderr(numbers)
     probing = [parts["sparse_probing"] for parts in evaluations]
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    where = environment(material)
     info = {
         **sae_bench_part(run, config, material, means, probing, record["d_in"]),
         "run": run, "substrate": record["substrate"], "budget": record["budget"],
         "config": record, "means": means, "stderrs": stderrs, "seeds": rows,
         **{part: {"per_seed": [parts[part] for parts in evaluations]}
            for part in ("reconstruction", "conditioning", "unlearning")},
-        "comparisons": comparisons(rows, evaluations, record, out_dir),
-        "skipped": material.corpus["skipped"], "environment": environment(material),
+        "comparisons": comparisons(rows, evaluations, record, where["language_model_dtype"],
+                                   out_dir),
+        "skipped": material.corpus["skipped"], "environment": where,
         "timing": {**{f"{phase}_seconds": seconds for phase, seconds in clock.seconds.items()},
                    "peak_memory_gb": usage / (1e9 if sys.platform == "darwin" else 1e6)},
     }

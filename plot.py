@@ -101,6 +101,11 @@ class Run:
     def study(self) -> tuple[str, str]:
         return self.info["substrate"], self.info["budget"]
 
+    @property
+    def precision(self) -> str:
+        """What the language model computed in; a faster one on processors that have it."""
+        return str(dig(self.info, "environment", "language_model_dtype"))
+
     def config(self, key: str) -> float:
         return number(self.info["config"].get(key))
 
@@ -476,6 +481,9 @@ def new_figure(runs: list[Run], title: str, layout: str, size: tuple[float, floa
            for run in runs):
         note += ("\nAdaptive runs with η > 0 are told in training which domain a text is from; "
                  "the other runs are not.")
+    if len(precisions := {run.precision for run in runs} - {"None"}) > 1:
+        note += (f"\nThe language model ran in {' or '.join(sorted(precisions))}: activations and "
+                 "questions differ a little between the runs.")
     fig = Figure(figsize=size)
     fig.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
     fig.supxlabel(note, x=0.01, ha="left", fontsize=7.5, color=INK)

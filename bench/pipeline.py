@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 import experiment as ex  # noqa: E402 - it lies beside this folder, not on the path
 
 D_IN, D_SAE, LAYER, BATCH, CONTEXT, ROWS = 512, 4096, 3, 2048, 128, 32
-TOKENS = 24 * BATCH
+TOKENS = 300 * BATCH
 SPECIAL = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>",
            "pad_token": "<|endoftext|>", "model_input_names": ["input_ids", "attention_mask"]}
 VARIANTS = {  # name: (who, options)
@@ -49,7 +49,7 @@ LEFT_OUT = """Not measured: real Pythia weights, text of WikiText, GPUs, torch.c
 HookedTransformer (it gets the plain Hugging Face model here), quality of the SAEs (see the study),
 start-up and loading. The peers' buffers hold 64 contexts, so that few activations are computed and
 left unused; they are shuffled less for it. dictionary_learning has no bfloat16 on a CPU: its
-autocast is for GPUs only. So few steps end with L0 still far above its target of 40."""
+autocast is for GPUs only."""
 
 
 class LocalPythia:

@@ -6,7 +6,8 @@ What is compared in the first three tables runs in one process, in turns, and th
 turns are printed with their range; absolute times belong to the machine. D = 512, B = 2048 tokens,
 40 features active a token on synthetic activations; weights move so little that this stays so.
 The plain dense step runs twice: here, where freed memory is kept as experiment.py has it, and in a
-process of its own with the C library's habits, as a tool that does not ask for this runs.
+process of its own with the C library's habits, as a tool that does not ask for this runs; a third
+time in bfloat16, which shows what of the ratio is the precision's.
 Whole runs: what the finished run folders beside experiment.py took. Last, where bench/peers.sh has
 installed them (SAE_PEERS), three rounds of bench/pipeline.py against SAELens and
 dictionary_learning.
@@ -56,10 +57,14 @@ def batch(i: int) -> tuple[Tensor, Tensor]:
     return torch.randn(B, D, generator=generator) / D**0.5, torch.arange(B) % 2
 
 
-def plain_step(sae: ex.CustomSAE, optimizer: torch.optim.Adam, z_BD: Tensor) -> None:
-    """The same mathematics in dense float32 by autograd, as dictionary_learning trains."""
-    f_BF = sae.encode(z_BD)
-    loss = (z_BD - sae.decode(f_BF)).norm(dim=1).mean() + 0.04 * f_BF.sum(1).mean()
+def plain_step(sae: ex.CustomSAE, optimizer: torch.optim.Adam, z_BD: Tensor,
+               half: bool = False) -> None:
+    """The same mathematics, dense and by autograd, in float32, as dictionary_learning trains, or
+    with autocast to bfloat16, as SAELens can."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        f_BF = sae.encode(z_BD)
+        z_hat_BD = sae.decode(f_BF)
+    loss = (z_BD - z_hat_BD).norm(dim=1).mean() + 0.04 * f_BF.float().sum(1).mean()
     optimizer.zero_grad()
     loss.backward()
     sae.remove_parallel_gradient_()
@@ -138,10 +143,12 @@ def steps(d_sae: int) -> None:
     with contextlib.ExitStack() as stack:
         if d_sae <= 16384:
             works["plain"] = (lambda i: plain_step(plain, optimizer, BATCHES[i][0]), 2)
+            works["plain, bfloat16"] = (
+                lambda i: plain_step(plain, optimizer, BATCHES[i][0], half=True), 2)
             works["plain elsewhere"] = (stack.enter_context(plain_elsewhere(d_sae)), 2)
         times = in_turns(works)
-    compared = (("plain elsewhere", "off"), ("plain", "off"), ("plain", "off, float32 screen"),
-                ("adaptive", "off"), ("fixed", "off"))
+    compared = (("plain elsewhere", "off"), ("plain", "off"), ("plain, bfloat16", "off"),
+                ("plain", "off, float32 screen"), ("adaptive", "off"), ("fixed", "off"))
     print(f"| {d_sae} |", " | ".join(ratio(times[over], times[under]) if over in times else "-"
                                      for over, under in compared),
           "|", milliseconds(times["off"]), "|", flush=True)
@@ -218,9 +225,11 @@ def main() -> None:
     ex.quiet_libraries()
     ex.keep_freed_memory()
     print(f"{ex.processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"screen {ex.faster_screen()}; medians of {ROUNDS} turns (range)\n")
-    print("| F | plain dense step / ours | the same, freed memory kept | and float32 screen | "
-          "adaptive / off | fixed / off | ours, off, ms |\n|---|---|---|---|---|---|---|")
+          f"screen {ex.faster_screen()}, L_dir's products in "
+          f"{ex.faster_dtype(torch.device('cpu'))}; medians of {ROUNDS} turns (range)\n")
+    print("| F | plain dense float32 step / ours | the same, freed memory kept | and in bfloat16 | "
+          "in float32, ours with a float32 screen | adaptive / off | fixed / off | ours, off, ms |"
+          "\n|---|---|---|---|---|---|---|---|")
     for d_sae in (4096, 16384, 32768):
         steps(d_sae)
     print("\n| F | L_dir, ours | by the F × F Gram | Gram time / ours | Gram, MB | ours, MB |\n"

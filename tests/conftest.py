@@ -65,6 +65,15 @@ def job(small_hub, tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def processor(monkeypatch):
+    """Makes the processor one with products in bfloat16, or one without."""
+    found = torch.cpu.get_capabilities()
+    return lambda bfloat16: monkeypatch.setattr(
+        torch.cpu, "get_capabilities",
+        lambda: {**found, "avx512_bf16": bfloat16, "amx_bf16": False})
+
+
 def planted_activations(n_tokens, d_in=32, n_true=64, active=4, seed=0):
     """Sparse sums of unit directions; the first half fires on domain 0, the rest on domain 1."""
     g = torch.Generator().manual_seed(seed)

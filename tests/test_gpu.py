@@ -12,7 +12,8 @@ import experiment as ex
 
 
 @pytest.fixture
-def gpu():
+def gpu(processor):
+    processor(bfloat16=False)  # so that both compute in float32
     return PretendedGPU()
 
 

@@ -211,3 +211,18 @@ def test_run_10_takes_the_best_of_its_candidates(tmp_path):
     config = ex.resolve_config("run_10", "full", tmp_path)
     assert (config.alpha, config.regroup_every) == (0.05, 100)
     assert not set(config.seeds) & set(ex.resolve_config("run_1", "full", tmp_path).seeds)
+
+
+def test_a_processor_that_has_bfloat16_is_used_in_it(processor, job, capfd):
+    """The language model's products and L_dir's; nothing but rounding differs."""
+    found = {}
+    for has in (True, False):
+        processor(bfloat16=has)
+        assert job(f"{has}/run_7") == 0
+        found[has] = ex.read_result(Path(f"{has}/run_7"))
+        assert found[has]["environment"]["language_model_dtype"] == (
+            "bfloat16" if has else "float32")
+    for name in ("ce_base", "ce_sae", "explained_variance", "l_dir"):
+        with_it, without = (found[has]["means"][name] for has in (True, False))
+        assert with_it == pytest.approx(without, rel=0.02)
+        assert with_it != without

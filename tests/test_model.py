@@ -242,7 +242,9 @@ class TinySubstrate:
 
 
 @pytest.fixture
-def tiny(tmp_path):
+def tiny(tmp_path, processor):
+    """In float32, so that what must be equal is; `test_main` has the other precision."""
+    processor(bfloat16=False)
     config = dataclasses.replace(
         ex.CustomSAEConfig(),
         context_length=16,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -427,7 +428,8 @@ def test_runs_without_a_common_seed_are_marked(tmp_path):
 
 def drawn(folder, draw):
     runs, _ = plot.read_study(sorted(folder.glob("run_*"), key=lambda path: path.name))
-    return draw(runs).axes
+    with matplotlib.rc_context(plot.STYLE):  # as plot.main has it
+        return draw(runs).axes
 
 
 def test_bars_start_at_zero_and_accuracies_at_chance(tmp_path):
@@ -464,6 +466,23 @@ def test_what_was_not_recorded_is_said_in_its_panel(tmp_path):
     (tmp_path / "run_8" / "history.jsonl").unlink()
     panels = [*drawn(tmp_path, plot.training_curves), drawn(tmp_path, plot.condition_numbers)[1]]
     assert all(ax.texts[0].get_text() == "no finished run records this" for ax in panels)
+
+
+def test_runs_of_different_precision_are_said_to_be(tmp_path):
+    for name, precision in (("run_2", "bfloat16"), ("run_7", None), ("run_8", "bfloat16")):
+        fabricate(tmp_path, name)
+        if precision:
+            where = {"environment": {"language_model_dtype": precision}}
+            edit(tmp_path, name, lambda info, where=where: info.update(where))
+
+    def note():
+        runs, _ = plot.read_study(sorted(tmp_path.glob("run_*")))
+        return plot.sparse_probing(runs).get_supxlabel()
+
+    assert "language model ran" not in note()  # of run_7 it is not known
+    where = {"environment": {"language_model_dtype": "float32"}}
+    edit(tmp_path, "run_8", lambda info: info.update(where))
+    assert "The language model ran in bfloat16 or float32" in note()
 
 
 def test_every_run_has_its_own_colour_and_marker():

@@ -237,6 +237,24 @@ def test_a_malformed_neighbour_costs_the_comparison_only(whole, job, tmp_path, c
     assert ex.read_result(tmp_path / "run_1")["comparisons"] == {}
 
 
+def test_a_neighbour_of_another_precision_is_not_compared(whole, job, tmp_path, capfd):
+    shutil.copytree(whole.parent / "cache", tmp_path / "cache")
+    info = json.loads((whole / "final_info.json").read_text())
+    mine = info["environment"]["language_model_dtype"]
+    for reference, precision in (("run_7", mine), ("run_8", "float16")):
+        other = {**info, "run": reference,
+                 "environment": {**info["environment"], "language_model_dtype": precision}}
+        del other["sha256"]
+        (tmp_path / reference).mkdir()
+        (tmp_path / reference / "final_info.json").write_text(json.dumps(other))
+    assert job() == 0
+    assert f"run_8 had its language model in float16, run_1 has it in {mine}; not compared" in (
+        capfd.readouterr().err)
+    found = ex.read_result(tmp_path / "run_1")["comparisons"]
+    assert found.keys() == {"run_7"}
+    assert found["run_7"]["explained_variance"]["difference"] == 0
+
+
 def test_results_of_another_configuration_are_set_aside(whole, job, tmp_path, capfd):
     shutil.copytree(whole.parent, tmp_path, dirs_exist_ok=True)
     assert job() == 0
