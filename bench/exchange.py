@@ -44,7 +44,7 @@ def ask_peer(peer: str, request: dict[str, Any]) -> dict[str, Any]:
 
 def answer(tasks: dict[str, Any]) -> None:
     """Run the task that the request names and print what it returns."""
-    importlib.import_module("torch._dynamo")  # torch.optim does when first used; start-up is not timed
+    importlib.import_module("torch._dynamo")  # torch.optim does at first use; start-up is not timed
     request = json.loads(sys.argv[1])
     print(json.dumps(tasks[request["task"]](request)))
 
