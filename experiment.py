@@ -1938,38 +1938,38 @@ class FramePotential(torch.autograd.Function):
 
     ‖WᵀW‖_F² counts all pairs, so the diagonal Σ‖w_i‖⁴ and what the groups share is taken away:
     Σ_{i≠j} ω_ij (w_i·w_j)² = ‖WᵀW‖_F² − Σ‖w_i‖⁴ − Σ_g s_g (‖W_g W_gᵀ‖_F² − Σ_{i∈g}‖w_i‖⁴).
-    Time O(F·D·(D + M)), memory O(F·D). Frame potential: Benedetto and Fickus 2003. W is
-    rounded to `dtype` and so are products; sums of squares keep W's own.
+    Time O(F·D·(D + M)), memory O(F·D). Frame potential: Benedetto and Fickus 2003. Products
+    are in `dtype`, to which V is W rounded; the rest keeps W's own.
     """
 
     @staticmethod
     def forward(ctx: Any, W_FD: Tensor, groups_GM: Tensor | None, share_G: Tensor | None,
                 dtype: torch.dtype) -> Tensor:
-        W_FD, exact = W_FD.to(dtype), W_FD.dtype
-        square_F = torch.linalg.vector_norm(W_FD, dim=1, dtype=exact).square()
-        gram_DD = (W_FD.T @ W_FD).to(exact)
+        V_FD = W_FD.to(dtype)
+        gram_DD = (V_FD.T @ V_FD).to(W_FD.dtype)
+        square_F = torch.linalg.vector_norm(W_FD, dim=1).square()
         weight_F = torch.ones_like(square_F)  # of a row's own square in the gradient
         total = gram_DD.square().sum()
         gram_GMM = None
         if groups_GM is not None:
-            W_GMD = by_group(W_FD, groups_GM)
-            gram_GMM = share_G[:, None, None] * (W_GMD @ W_GMD.mT).to(exact)
+            V_GMD = by_group(V_FD, groups_GM)
+            gram_GMM = share_G[:, None, None] * (V_GMD @ V_GMD.mT).to(W_FD.dtype)
             total = total - (gram_GMM.square().sum((1, 2)) / share_G.where(share_G != 0, 1)).sum()
             weight_F[groups_GM] -= share_G[:, None]
         total = total - (weight_F * square_F.square()).sum()
         mean = gram_DD.diagonal().mean()
         gram_DD.diagonal().sub_(mean)  # mostly a multiple of I, which need not go through rounding
-        ctx.save_for_backward(W_FD, gram_DD, gram_GMM, groups_GM, weight_F * square_F - mean)
+        ctx.save_for_backward(W_FD, V_FD, gram_DD, gram_GMM, groups_GM, weight_F * square_F - mean)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        W_FD, gram_DD, gram_GMM, groups_GM, own_F = ctx.saved_tensors
-        out_FD = (W_FD @ gram_DD.to(W_FD.dtype)).to(gram_DD.dtype)
+        W_FD, V_FD, gram_DD, gram_GMM, groups_GM, own_F = ctx.saved_tensors
+        out_FD = (V_FD @ gram_DD.to(V_FD.dtype)).to(W_FD.dtype)
         out_FD.addcmul_(W_FD, own_F[:, None], value=-1)
         if groups_GM is not None:
-            within_GMD = (gram_GMM.to(W_FD.dtype) @ by_group(W_FD, groups_GM)).to(out_FD.dtype)
-            out_FD.index_add_(0, groups_GM.flatten(), within_GMD.flatten(0, 1), alpha=-1)
+            within_FD = (gram_GMM.to(V_FD.dtype) @ by_group(V_FD, groups_GM)).flatten(0, 1)
+            out_FD.sub_(within_FD.index_select(0, groups_GM.flatten().argsort()))
         return out_FD.mul_(4 * grad), None, None, None
 
 
