@@ -184,11 +184,13 @@ def term(d_sae: int) -> None:
 def grouping(d_sae: int) -> None:
     config = ex.CustomSAEConfig()
     rows_FR = torch.randn(d_sae, config.sketch_size, generator=ex.randomness("bench rows"))
-    start = time.perf_counter()
-    ex.group_features(rows_FR / config.sketch_size**0.5, config.group_size, 0)
-    taken = time.perf_counter() - start
-    step = trainer("adaptive", d_sae, ex.faster_screen())
-    each = seconds(stepper(step), config.ortho_every)
+    rows_FR /= config.sketch_size**0.5
+    step = stepper(trainer("adaptive", d_sae, ex.faster_screen()))
+    times = in_turns({
+        "grouping": (lambda i: ex.group_features(rows_FR, config.group_size, 0), 1),
+        "step": (step, config.ortho_every),
+    })
+    taken, each = (statistics.median(times[name]) for name in ("grouping", "step"))
     share = taken / (taken + config.regroup_every * each)
     print(f"| {d_sae} | {taken:.2f} | {1e6 * taken / d_sae:.0f} | {100 * share:.2f} % |",
           flush=True)
