@@ -107,7 +107,7 @@ def test_a_steps_gradients_equal_the_plain_dense_float64_ones(small_config, mode
     before["W_dec"].grad -= along.detach() * before["W_dec"].detach()
     terms = trainer.step(z, domain)
     rounded = precision == "bfloat16" and mode in ("fixed", "adaptive")
-    assert terms["loss"] == pytest.approx(float(loss), rel=1e-3 if rounded else 1e-5)
+    assert terms["loss"] == pytest.approx(loss.item(), rel=1e-3 if rounded else 1e-5)
     pull = trainer.alpha * trainer.state["pull_FD"].abs().max().item() if rounded else 0.0
     for name, part in sae.named_parameters():
         torch.testing.assert_close(part.grad.double(), before[name].grad, rtol=1e-3,
@@ -118,7 +118,7 @@ def test_direction_term_lowers_the_frame_potential(small_config):
     potentials = {}
     for mode, alpha in (("off", 0.0), ("fixed", 0.5)):
         trainer, _ = run(dataclasses.replace(small_config, orthogonality=mode, alpha=alpha))
-        potentials[mode] = float(ex.direction_loss(trainer.sae.W_dec))
+        potentials[mode] = ex.direction_loss(trainer.sae.W_dec).item()
     assert potentials["fixed"] < potentials["off"] - 0.02
 
 
