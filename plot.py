@@ -103,7 +103,7 @@ class Run:
 
     @property
     def precision(self) -> str:
-        """What the language model computed in; a faster one on processors that have it."""
+        """What the language model computed in, which depends on the processor."""
         return str(dig(self.info, "environment", "language_model_dtype"))
 
     def config(self, key: str) -> float:

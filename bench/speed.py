@@ -36,6 +36,7 @@ import experiment as ex  # noqa: E402 - it lies beside this folder, not on the p
 
 D, B, ACTIVE = 512, 2048, 40.0
 ROUNDS = 5
+MODE_ROUNDS = 20  # modes differ by less than the machine does from one turn to the next
 PIPELINE_ROUNDS = 3
 
 
@@ -104,10 +105,11 @@ def seconds(work: Callable[[int], Any], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def in_turns(works: dict[str, tuple[Callable[[int], Any], int]]) -> dict[str, list[float]]:
-    """Seconds a call of each work, ROUNDS times in turns after one that does not count."""
+def in_turns(works: dict[str, tuple[Callable[[int], Any], int]],
+             rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Seconds a call of each work, `rounds` times in turns after one that does not count."""
     times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(ROUNDS + 1):
+    for turn in range(rounds + 1):
         for name, (work, repeats) in works.items():
             taken = seconds(work, repeats)
             if turn:
@@ -134,24 +136,25 @@ def steps(d_sae: int) -> None:
     plain = trainer("off", d_sae, screen).sae
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-7)
     period = ex.CustomSAEConfig().ortho_every
-    works: dict[str, tuple[Callable[[int], Any], int]] = {
-        "off": (stepper(trainer("off", d_sae, screen)), period),
-        "off, float32 screen": (stepper(trainer("off", d_sae, "float32")), period),
-        "fixed": (stepper(trainer("fixed", d_sae, screen)), period),
-        "adaptive": (stepper(trainer("adaptive", d_sae, screen)), period),
-    }
-    with contextlib.ExitStack() as stack:
-        if d_sae <= 16384:
-            works["plain"] = (lambda i: plain_step(plain, optimizer, BATCHES[i][0]), 2)
-            works["plain, bfloat16"] = (
-                lambda i: plain_step(plain, optimizer, BATCHES[i][0], half=True), 2)
-            works["plain elsewhere"] = (stack.enter_context(plain_elsewhere(d_sae)), 2)
-        times = in_turns(works)
+    modes = in_turns({mode: (stepper(trainer(mode, d_sae, screen)), period)
+                      for mode in ("off", "fixed", "adaptive")}, MODE_ROUNDS)
+    times: dict[str, list[float]] = {}
+    if d_sae <= 16384:
+        with plain_elsewhere(d_sae) as elsewhere:
+            times = in_turns({
+                "off": (stepper(trainer("off", d_sae, screen)), period),
+                "off, float32 screen": (stepper(trainer("off", d_sae, "float32")), period),
+                "plain": (lambda i: plain_step(plain, optimizer, BATCHES[i][0]), 2),
+                "plain, bfloat16": (
+                    lambda i: plain_step(plain, optimizer, BATCHES[i][0], half=True), 2),
+                "plain elsewhere": (elsewhere, 2),
+            })
     compared = (("plain elsewhere", "off"), ("plain", "off"), ("plain, bfloat16", "off"),
-                ("plain", "off, float32 screen"), ("adaptive", "off"), ("fixed", "off"))
+                ("plain", "off, float32 screen"))
     print(f"| {d_sae} |", " | ".join(ratio(times[over], times[under]) if over in times else "-"
                                      for over, under in compared),
-          "|", milliseconds(times["off"]), "|", flush=True)
+          "|", " | ".join(ratio(modes[mode], modes["off"]) for mode in ("adaptive", "fixed")),
+          "|", milliseconds(modes["off"]), "|", flush=True)
 
 
 def gram_loss(W_FD: Tensor, groups_GM: Tensor, share_G: Tensor) -> float:
@@ -228,7 +231,8 @@ def main() -> None:
     ex.keep_freed_memory()
     print(f"{ex.processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
           f"screen {ex.faster_screen()}, L_dir's products in "
-          f"{ex.faster_dtype(torch.device('cpu'))}; medians of {ROUNDS} turns (range)\n")
+          f"{ex.faster_dtype(torch.device('cpu'))}; medians of {ROUNDS} turns "
+          f"(range), of {MODE_ROUNDS} between modes\n")
     print("| F | plain dense float32 step / ours | the same, freed memory kept | and in bfloat16 | "
           "in float32, ours with a float32 screen | adaptive / off | fixed / off | ours, off, ms |"
           "\n|---|---|---|---|---|---|---|---|")

@@ -213,7 +213,7 @@ def test_run_10_takes_the_best_of_its_candidates(tmp_path):
     assert not set(config.seeds) & set(ex.resolve_config("run_1", "full", tmp_path).seeds)
 
 
-def test_a_processor_that_has_bfloat16_is_used_in_it(processor, job, capfd):
+def test_a_processor_that_has_bfloat16_is_used_in_it(processor, job):
     """The language model's products and L_dir's; nothing but rounding differs."""
     found = {}
     for has in (True, False):
