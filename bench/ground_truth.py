@@ -113,7 +113,7 @@ class World:
     def buffer(self) -> ex.ActivationBuffer:
         """Training tokens in the study's own buffer."""
         z_ND, domain_N, _ = self.sample(self.tokens, "train")
-        return ex.ActivationBuffer([({"acts": z_ND.half(), "domain": domain_N}, None)])
+        return ex.ActivationBuffer([{"acts": z_ND.half(), "domain": domain_N}], len(z_ND))
 
     def l0(self) -> float:
         """True active features a token, and one for its style."""

@@ -280,14 +280,8 @@ def test_collapsed_saes_give_defined_numbers():
         sae.b_enc.fill_(-1e6)
     metrics = ex.decoder_metrics(sae, torch.zeros(2, 64))
     assert all(np.isfinite(value) for value in metrics.values())
-    buffer = ex.ActivationBuffer(
-        [
-            (
-                {"acts": torch.randn(64, 8).half(), "domain": torch.arange(64).remainder(2).byte()},
-                None,
-            )
-        ]
-    )
+    shard = {"acts": torch.randn(64, 8).half(), "domain": torch.arange(64).remainder(2).byte()}
+    buffer = ex.ActivationBuffer([shard], 64)
     statistics = ex.feature_statistics(ex.TrainedSAE(sae, 1.0), buffer, 32)
     assert len(ex.select_features(statistics.rate_KF, 0.01, 10)) == 0
     assert dataclasses.astuple(identity_sae())[1] == 1.0

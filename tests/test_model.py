@@ -31,7 +31,7 @@ def make(kind, layer=1):
         intermediate_size=64,
         max_position_embeddings=512,
     )
-    if kind == "llama":
+    if kind != "neox":
         config = transformers.LlamaConfig(**shape, num_key_value_heads=2, tie_word_embeddings=True)
         model = transformers.LlamaForCausalLM(config)
     else:
@@ -39,10 +39,13 @@ def make(kind, layer=1):
     for parameter in model.parameters():  # larger weights: attention that depends on its input
         if parameter.dim() > 1:
             parameter.data.mul_(8)
-    return model.eval(), ex.HookedLM(model, WordTokenizer(), layer, torch.device("cpu"))
+    lm = ex.HookedLM(model, WordTokenizer(), layer, torch.device("cpu"))
+    if kind == "plain products":
+        model.set_attn_implementation("eager")
+    return model, lm
 
 
-KINDS = pytest.mark.parametrize("kind", ["llama", "neox"])
+KINDS = pytest.mark.parametrize("kind", ["llama", "neox", "plain products"])
 
 
 @KINDS
@@ -54,6 +57,22 @@ def test_residual_is_the_blocks_whole_output(kind):
     assert x.shape == (3, 10, 32)
     hidden = model(tokens, output_hidden_states=True).hidden_states
     torch.testing.assert_close(x, hidden[2])  # after blocks 0 and 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "neox"])
+def test_in_bfloat16_plain_attention_is_as_near_as_the_fused_one(kind):
+    model, lm = make(kind)
+    assert model.config._attn_implementation == "sdpa"  # float32 keeps it
+    tokens = torch.randint(0, 91, (4, 100))
+    exact = lm.residual(tokens)
+    model, lm = make(kind)
+    lm = ex.HookedLM(model.bfloat16(), WordTokenizer(), 1, torch.device("cpu"))
+    assert model.config._attn_implementation == "eager"
+    plain = float((lm.residual(tokens) - exact).norm())
+    model.set_attn_implementation("sdpa")
+    fused = float((lm.residual(tokens) - exact).norm())
+    assert 0 < fused < 0.1 * float(exact.norm())
+    assert plain < 1.2 * fused
 
 
 @KINDS

@@ -246,7 +246,7 @@ def test_unknown_modes_are_named(small_config, bad):
 def test_batches_are_a_function_of_seed_and_step_and_cover_an_epoch():
     acts = torch.arange(40, dtype=torch.float16)[:, None].expand(40, 3)
     shard = {"acts": acts, "domain": (torch.arange(40) % 2).to(torch.uint8)}
-    buffer = ex.ActivationBuffer([(shard, None), (shard, None)])
+    buffer = ex.ActivationBuffer([shard, shard], 100)  # room for more than there is
     z, domain = buffer.batch(7, 3, 16)
     buffer.batch(7, 9, 16)
     again, _ = buffer.batch(7, 3, 16)
@@ -260,7 +260,7 @@ def test_batches_are_a_function_of_seed_and_step_and_cover_an_epoch():
 
 def test_shares_make_up_the_batch_and_mislabelled_ones_keep_their_tokens():
     z = torch.randn(80, 4, generator=ex.randomness("shares")).half()
-    buffer = ex.ActivationBuffer([({"acts": z, "domain": torch.arange(80) % 2}, None)])
+    buffer = ex.ActivationBuffer([{"acts": z, "domain": torch.arange(80) % 2}], len(z))
     whole = buffer.batch(7, 3, 16)
     halves = [buffer.batch(7, 3, 16, share) for share in (slice(0, 8), slice(8, 16))]
     for part, both in zip(whole, zip(*halves)):
@@ -274,7 +274,7 @@ def test_mislabelled_stretches_are_as_many_and_as_steady_as_the_true_ones():
     n, stretch = 40, ex.ActivationBuffer.STRETCH
     z = torch.arange(n * stretch)[:, None] // stretch + 1  # every token tells its stretch
     true = (z[:, 0] % 3 == 0).long()
-    buffer = ex.ActivationBuffer([({"acts": z.half(), "domain": true}, None)])
+    buffer = ex.ActivationBuffer([{"acts": z.half(), "domain": true}], len(z))
     given = torch.zeros(n + 1, 2)
     for step in range(2 * n):  # two epochs
         z_BD, domain = buffer.batch(5, step, stretch, mislabelled=True)
