@@ -984,7 +984,7 @@ class HookedLM:
     def __init__(self, model: nn.Module, tokenizer: Any, layer: int, device: torch.device):
         model = model.to(device).eval().requires_grad_(False)
         if device.type == "cpu" and model.dtype == torch.bfloat16:
-            model.set_attn_implementation("eager")  # twice as fast as torch's fused attention
+            model.set_attn_implementation("eager")  # 1.7 times as fast as torch's fused one
         self.tokenizer, self.layer, self.device = tokenizer, layer, device
         self.base = NNsight(model.base_model)
         self.head = model.get_output_embeddings()
