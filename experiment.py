@@ -1077,7 +1077,8 @@ class ActivationBuffer:
     STRETCH = 128  # tokens that `mislabelled` keeps together
 
     def __init__(self, shards: Iterable[dict[str, Tensor]], room: int):
-        """Of at most `room` tokens; no shard is held longer than it takes to copy it."""
+        """Of at most `room` tokens. Shards may be made as they are asked for: one is copied and
+        let go before the one after the next is made."""
         square, n, domains = 0.0, 0, []
         for shard in shards:
             acts_ND = shard["acts"]
