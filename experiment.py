@@ -973,6 +973,30 @@ def faster_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
 
 
+class PackedLinear(nn.Module):
+    """A linear layer whose weights lie as oneDNN's products in bfloat16 read them.
+
+    Bit for bit the plain one's output, and a sixth faster: that one lays them out anew at every
+    call. The two functions are those to which torch's own compiler lowers such a layer.
+    """
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight)
+        self.bias = layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack_linear_(module: nn.Module) -> None:
+    """Put a PackedLinear in the place of every linear layer inside `module`."""
+    for parent in list(module.modules()):
+        for name, layer in parent.named_children():
+            if type(layer) is nn.Linear:
+                setattr(parent, name, PackedLinear(layer))
+
+
 class HookedLM:
     """The language model around its hook point: the one place where nnsight appears.
 
@@ -985,6 +1009,8 @@ class HookedLM:
         model = model.to(device).eval().requires_grad_(False)
         if device.type == "cpu" and model.dtype == torch.bfloat16:
             model.set_attn_implementation("eager")  # 1.7 times as fast as torch's fused one
+            if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                pack_linear_(model.base_model)
         self.tokenizer, self.layer, self.device = tokenizer, layer, device
         self.base = NNsight(model.base_model)
         self.head = model.get_output_embeddings()

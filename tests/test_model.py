@@ -75,6 +75,35 @@ def test_in_bfloat16_plain_attention_is_as_near_as_the_fused_one(kind):
     assert plain < 1.2 * fused
 
 
+needs_bfloat16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no such products on this processor")
+
+
+@needs_bfloat16
+def test_packed_layers_give_the_plain_ones_bits():
+    """Any number of rows, with a bias and without."""
+    for bias in (True, False):
+        layer = torch.nn.Linear(48, 80, bias=bias).bfloat16().requires_grad_(False)
+        packed = ex.PackedLinear(layer)
+        for shape in ((1, 48), (3, 7, 48), (2048, 48)):
+            x = torch.randn(shape).bfloat16()
+            assert torch.equal(packed(x), layer(x))
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(("kind", "per_block"), [("llama", 7), ("neox", 4)])
+def test_in_bfloat16_all_layers_are_packed_and_no_bit_changes(kind, per_block):
+    model, _ = make(kind)
+    model.bfloat16().set_attn_implementation("eager")
+    tokens = torch.randint(0, 91, (4, 100))
+    expected = model(tokens, output_hidden_states=True).hidden_states[2]
+    lm = ex.HookedLM(model, WordTokenizer(), 1, torch.device("cpu"))
+    layers = [type(module) for module in model.base_model.modules()]
+    assert layers.count(ex.PackedLinear) == per_block * len(model.base_model.layers)
+    assert torch.nn.Linear not in layers
+    assert torch.equal(lm.residual(tokens), expected)
+
+
 @KINDS
 def test_nothing_after_the_hook_is_run(kind):
     model, lm = make(kind)
