@@ -43,6 +43,17 @@ def test_sparse_step_equals_dense_step(seed, screen):
         assert b[name].stride() == dict(sae.named_parameters())[name].stride()
 
 
+@pytest.mark.parametrize("width", [64, 20, 7])
+def test_places_are_those_of_nonzero_in_order(width):
+    """Whole words of eight, and rows that end within one; crowded, empty, one at either end."""
+    for share in (0.01, 0.5, 1.0, 0.0):
+        hit = torch.rand(50, width) < share
+        assert torch.equal(torch.stack(ex.places(hit)).T, hit.nonzero())
+    hit[0, 0] = hit[-1, -1] = True
+    assert torch.stack(ex.places(hit)).T.tolist() == [[0, 0], [49, width - 1]]
+
+
+
 def test_the_8_bit_screen_misses_nothing_and_lets_little_through(generator):
     """Activations with an outlier dimension, as residual streams have them; weights along them."""
     x = torch.randn(512, 96, generator=generator) / 96**0.5
