@@ -294,8 +294,9 @@ def checksum(tensors: dict[str, Tensor], label: str) -> str:
 
 
 def non_finite(tensors: dict[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold a NaN or an infinity."""
-    return [name for name, part in tensors.items() if not bool(torch.isfinite(part).all())]
+    """Names of the tensors that hold a NaN or an infinity; both end up in the extremes."""
+    return [name for name, part in tensors.items()
+            if part.numel() and not all(math.isfinite(end) for end in part.aminmax())]
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], note: Any = None) -> None:

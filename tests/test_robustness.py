@@ -335,6 +335,17 @@ def test_weights_that_are_not_finite_are_never_kept(job, monkeypatch, tmp_path, 
     assert not ex.non_finite(tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_is_not_finite_is_named(dtype):
+    sound = {"acts": torch.full((9,), torch.finfo(dtype).max, dtype=dtype), "none": torch.zeros(0),
+             "count": torch.arange(3), "flag": torch.tensor([True, False]), "one": torch.zeros(())}
+    assert ex.non_finite(sound) == []
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        damaged = torch.zeros(5, 40, dtype=dtype)
+        damaged[3, 17] = bad
+        assert ex.non_finite({**sound, "x": damaged, "y": torch.tensor(bad)}) == ["x", "y"]
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e6])
 def test_activations_that_are_not_finite_are_never_kept(job, monkeypatch, tmp_path, capfd, bad):
     residual = ex.HookedLM.residual
