@@ -93,7 +93,7 @@ class CustomSAEConfig:
     # sparse autoencoder
     expansion: int = 8  # F = expansion * D
     target_l0: float = 40.0  # active features a token, held by the sparsity controller
-    sparsity_penalty: float = 0.04  # where lambda starts
+    sparsity_penalty: float = 0.08  # where lambda starts; it ends near this
     sparsity_rate: float = 0.01  # largest change of log lambda a step
     # optimisation
     steps: int = 600
