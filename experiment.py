@@ -61,6 +61,7 @@ try:
     from safetensors import SafetensorError, safe_open
     from sklearn.linear_model import LogisticRegression
     from torch import Tensor, nn
+    from torch.optim.adam import adam
     from tqdm import tqdm
 except ImportError as missing:
     sys.exit(f"error: package {missing.name} is missing; pip install -r requirements.txt gives it")
@@ -2110,7 +2111,9 @@ class CustomTrainer:
         self.row, self.sae, self.seed, self.n_domains = config, sae, seed, n_domains
         self.team = team or Team()
         self.alpha = config.alpha
-        self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, fused=True)
+        self.moments = {f"{kind}.{name}": torch.zeros_like(parameter)  # Adam's
+                        for kind in ("exp_avg", "exp_avg_sq")
+                        for name, parameter in sae.named_parameters()}
         state = {
             "use_KF": torch.zeros(n_domains, sae.d_sae),  # running mean activations by domain
             "use_weight": torch.zeros(()),
@@ -2142,7 +2145,6 @@ class CustomTrainer:
     def step(self, z_BD: Tensor, domain_B: Tensor) -> dict[str, float]:
         """One step on normalised activations and their domain labels, both this process's share
         of the batch; returns the loss's terms over the whole batch."""
-        self.set_learning_rate_()
         n = len(z_BD) * self.team.size
         code = self.sae.sparse_code(z_BD) if self.is_sparse() else self.sae.dense_code(z_BD)
         error_B = (z_BD - code.z_hat_BD).norm(dim=1)
@@ -2155,13 +2157,13 @@ class CustomTrainer:
         loss = self.total(fit, l1, l_dir, l_use)
         terms = self.whole_batch(fit, l1, len(code.row_N) / n, l_dir, l_use)
         self.check_finite(terms)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.sae.zero_grad()
         loss.backward()
         self.add_direction_gradient_(fired_F)
         for parameter in self.sae.parameters():
             self.team.sum_(parameter.grad)
         self.sae.remove_parallel_gradient_()
-        self.optimizer.step()
+        self.adam_step_()
         self.sae.normalize_decoder_()
         self.update_sparsity_(terms["l0"])
         self.update_activity_(code, fired_F, z_BD, error_B.detach())
@@ -2182,7 +2184,8 @@ class CustomTrainer:
         l_dir, l_use = l_dir.item(), l_use.item()
         return {"loss": self.total(fit, l1, l_dir, l_use), "fit": fit, "l1": l1, "l0": l0,
                 "l_dir": l_dir, "l_use": l_use, "l_orth": l_dir + self.row.eta * l_use,
-                "lambda": math.exp(self.log_sparsity), "alpha": self.alpha, "ramp": self.ramp()}
+                "lambda": math.exp(self.log_sparsity), "alpha": self.alpha, "ramp": self.ramp(),
+                "lr": self.learning_rate()}
 
     def is_sparse(self) -> bool:
         return self.device.type == "cpu" and self.l0 < 0.1 * self.sae.d_sae
@@ -2238,13 +2241,25 @@ class CustomTrainer:
     def running_use(self) -> Tensor:
         return self.state["use_KF"] / self.state["use_weight"].clamp(min=1e-12)
 
-    def set_learning_rate_(self) -> None:
+    def learning_rate(self) -> float:
         """Linear warm-up, constant, linear decay to zero over the last `decay_fraction`."""
         row, t = self.row, self.step_count
         warm = min(1.0, (t + 1) / max(1, row.warmup_steps))
         decay = min(1.0, (row.steps - t) / max(1.0, row.decay_fraction * row.steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = row.learning_rate * warm * decay
+        return row.learning_rate * warm * decay
+
+    @torch.no_grad()
+    def adam_step_(self) -> None:
+        """Adam (Kingma and Ba 2015), by torch's function: its class imports torch's compiler at the
+        first step, which takes a second and is not used here."""
+        names, parameters = zip(*self.sae.named_parameters())
+        first, second = ([self.moments[f"{kind}.{name}"] for name in names]
+                         for kind in ("exp_avg", "exp_avg_sq"))
+        steps = [torch.full((), float(self.step_count), device=self.device) for _ in names]
+        adam(
+            [*parameters], [parameter.grad for parameter in parameters], first, second, [], steps,
+            fused=True, amsgrad=False, lr=self.learning_rate(), beta1=0.9, beta2=0.999,
+            weight_decay=0.0, eps=1e-8, maximize=False)
 
     def check_finite(self, terms: dict[str, float], odd: Sequence[str] = ()) -> None:
         if odd or not all(math.isfinite(value) for value in terms.values()):
@@ -2306,7 +2321,7 @@ class CustomTrainer:
         sae.W_dec[dead] = sae.W_enc_FD[dead] = direction
         overlap = (self.team.sum_(centred) * direction).sum(1)
         sae.b_enc[dead] = -0.5 * overlap.clamp(min=0.02)
-        for name, part in self.moments():
+        for name, part in self.moments.items():
             if not name.endswith("b_dec"):
                 part[dead] = 0
         self.state["silent_F"][dead] = 0
@@ -2359,12 +2374,6 @@ class CustomTrainer:
                  "tokens": self.step_count * self.row.batch_size}
         self.history.append({**place, **values})
 
-    def moments(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.sae.named_parameters():
-            for kind in ("exp_avg", "exp_avg_sq"):
-                if kind in self.optimizer.state[parameter]:
-                    yield f"{kind}.{name}", self.optimizer.state[parameter][kind]
-
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything that must survive a crash: tensors, and plain values for a JSON note.
 
@@ -2372,7 +2381,7 @@ class CustomTrainer:
         """
         self.gather_sketch_()
         tensors = {f"sae.{name}": part for name, part in self.sae.state_dict().items()}
-        tensors |= {f"adam.{name}": part for name, part in self.moments()}
+        tensors |= {f"adam.{name}": part for name, part in self.moments.items()}
         tensors |= {f"state.{name}": part for name, part in self.state.items()}
         tensors |= {f"sketch.{name}": part for name, part in vars(self.sketch).items()}
         note = {"step_count": self.step_count, "log_sparsity": self.log_sparsity, "l0": self.l0,
@@ -2383,12 +2392,8 @@ class CustomTrainer:
     def load_state_dict(self, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
         for name, part in self.sae.state_dict().items():
             part.copy_(tensors[f"sae.{name}"])
-        for name, parameter in self.sae.named_parameters():
-            step = torch.tensor(float(note["step_count"]), device=self.device)
-            self.optimizer.state[parameter] = {"step": step}
-            for kind in ("exp_avg", "exp_avg_sq"):
-                empty = torch.zeros_like(parameter)  # keeps the parameter's memory layout
-                self.optimizer.state[parameter][kind] = empty.copy_(tensors[f"adam.{kind}.{name}"])
+        for name, part in self.moments.items():
+            part.copy_(tensors[f"adam.{name}"])
         for name in self.state:
             self.state[name] = tensors[f"state.{name}"].to(self.device)
         for name in vars(self.sketch):
@@ -2459,7 +2464,7 @@ def train_sae(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int, chec
             terms = trainer.step(z_BD.to(team.device), domain_B.to(team.device))
             bar.update()
             if trainer.step_count % config.log_every == 0:
-                trainer.record({**terms, "lr": trainer.optimizer.param_groups[0]["lr"]})
+                trainer.record(terms)
                 bar.set_postfix(loss=f"{terms['loss']:.3f}", l0=f"{terms['l0']:.0f}")
                 log(trainer.history[-1])
             interrupted = bool(team.sum_(torch.tensor(interrupts.signal or 0)))

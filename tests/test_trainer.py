@@ -178,8 +178,7 @@ def test_learning_rate_warms_up_and_decays(small_config):
     rates = []
     for t in (0, 9, 50, 80, 90, 99):
         trainer.step_count = t
-        trainer.set_learning_rate_()
-        rates.append(trainer.optimizer.param_groups[0]["lr"] / config.learning_rate)
+        rates.append(trainer.learning_rate() / config.learning_rate)
     assert rates == pytest.approx([0.1, 1, 1, 1, 0.5, 0.05])
 
 
