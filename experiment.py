@@ -65,6 +65,7 @@ try:
     from tqdm import tqdm
 except ImportError as missing:
     sys.exit(f"error: package {missing.name} is missing; pip install -r requirements.txt gives it")
+from lab.console import LEADER, UserError, progress, say
 
 # ------------------------------------------------------------------------------------------------
 # Configuration: everything a run can differ in, and the ten runs
@@ -171,10 +172,6 @@ DUPLICATE_COSINE = 0.9  # two features this close count as duplicates
 FORGET, RETAIN, OTHER = 0, 1, 2  # domains of text; OTHER is only evaluated on, never named
 DOMAINS = ("forget", "retain", "other")
 SINK_FACTOR = 10.0  # a token this many median norms long is an attention sink
-
-
-class UserError(Exception):
-    """Something the user can mend; `main` prints it as one line and exits non-zero."""
 
 
 def best_row(study: Path, budget: str) -> dict[str, Any]:
@@ -353,20 +350,6 @@ def read_result(folder: Path) -> dict[str, Any] | None:
         pass
     say(f"{path} is damaged or was altered; it does not count")
     return None
-
-
-LEADER = int(os.environ.get("RANK", 0)) == 0  # under torchrun the first process speaks for all
-
-
-def say(text: str) -> None:
-    """One line for the person at the terminal, clear of progress bars."""
-    if LEADER:
-        tqdm.write(text, file=sys.stderr)
-
-
-def progress(items: Any, what: str, **options: Any) -> tqdm:
-    quiet = not (LEADER and sys.stderr.isatty())
-    return tqdm(items, desc=what, disable=quiet, leave=False, **options)
 
 
 class Cache:
