@@ -1,0 +1,203 @@
+"""Whole-or-nothing files, checked tensors, the cache, digests, seeded randomness."""
+
+import contextlib
+import hashlib
+import inspect
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lab.console import UserError, say
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Fill a temporary file, make it durable, then give it its name.
+
+    Bytes, since libraries that write files themselves report a full disk each in its own way.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.*.part"):  # of a process killed while it wrote
+        with contextlib.suppress(OSError):
+            if stale.stat().st_mtime < time.time() - 3600:
+                stale.unlink()
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with open(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(handle)
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        error.filename = path  # of a full disk the system names none
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, text.encode())
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON: NaN and infinities become null, which every reader understands."""
+
+    def clean(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {str(key): clean(part) for key, part in item.items()}
+        if isinstance(item, list | tuple):
+            return [clean(part) for part in item]
+        if isinstance(item, np.generic):
+            item = item.item()
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return json.dumps(clean(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def digest(*parts: Any) -> str:
+    """A short name for what determines a cached thing."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def source_of(*objects: Any) -> str:
+    """The code that a cached thing depends on, so that a change of it is a change of key."""
+    return digest(*(inspect.getsource(item) for item in objects))
+
+
+def checksum(tensors: dict[str, Tensor], label: str) -> str:
+    state = hashlib.sha256(label.encode())
+    for name in sorted(tensors):
+        flat = tensors[name].detach().cpu().contiguous()
+        state.update(f"{name}{flat.dtype}{tuple(flat.shape)}".encode())
+        if flat.numel():  # the strides of nothing may be anything
+            state.update(memoryview(flat.view(-1).view(torch.uint8).numpy()))
+    return state.hexdigest()
+
+
+def non_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinity; both end up in the extremes."""
+    return [name for name, part in tensors.items()
+            if part.numel() and not all(math.isfinite(end) for end in part.aminmax())]
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], note: Any = None) -> None:
+    """A safetensors file of tensors and a JSON note, with a checksum over them and its name.
+
+    The note is a tensor too, because a header may have no more than 100 MB and a corpus may.
+    """
+    tensors = {name: part.detach().cpu().contiguous() for name, part in tensors.items()}
+    tensors["note"] = torch.frombuffer(bytearray(to_json(note).encode()), dtype=torch.uint8)
+    sha256 = checksum(tensors, path.name)
+    write_atomically(path, safetensors.torch.save(tensors, {"sha256": sha256}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any] | None:
+    """What `write_tensors` wrote; None, after one line that says so, if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if checksum(tensors, path.name) == metadata["sha256"]:
+            return tensors, json.loads(bytes(tensors.pop("note").numpy()))
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        say(f"{path} is damaged ({type(error).__name__}); it is made anew")
+        return None
+    say(f"{path} does not match its checksum; it is made anew")
+    return None
+
+
+class Cache:
+    """Everything that outlives a run folder: each thing under a name and a key of its causes.
+
+    Several processes may use it at once: what is missing is built under a lock, by one of them.
+    Locks are the operating system's and end with their process.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=root):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"the cache {root} cannot be written ({error.strerror}); set SAE_CACHE_DIR to a "
+                "folder that can"
+            ) from error
+
+    def lock(self, name: str, timeout: float = -1) -> FileLock:
+        path = self.root / "locks" / f"{name}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path, timeout=timeout)
+
+    def path(self, name: str, *causes: Any) -> Path:
+        return self.root / f"{name}-{digest(*causes)}.safetensors"
+
+    def get(
+        self, name: str, causes: tuple, build: Callable[[], tuple[dict[str, Tensor], Any]]
+    ) -> tuple[dict[str, Tensor], Any]:
+        """Tensors and note of `name`, read if they are there and sound, else built and kept."""
+        path = self.path(name, *causes)
+        if (found := read_tensors(path)) is not None:
+            return found
+        with self.lock(path.stem.replace("/", "_")):
+            if (found := read_tensors(path)) is not None:
+                return found
+            tensors, note = build()
+            write_tensors(path, tensors, note)
+            return tensors, json.loads(to_json(note))
+
+
+def randomness(*causes: Any) -> torch.Generator:
+    """A generator that depends on `causes` alone, so that no random state has to be saved."""
+    return torch.Generator().manual_seed(int(digest(*causes), 16) % 2**63)
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+SEAL = "sha256.json"  # in a folder: the checksums of all its other files
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != SEAL}
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether the folder holds what was written there, and nothing else; if not, it is said."""
+    if not folder.exists():
+        return False
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if json.loads((folder / SEAL).read_bytes()) == checksums(folder):
+            return True
+    say(f"{folder} does not match its checksums; it is made anew")
+    return False
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder for a while, under a lock; what a killed process left there goes first."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
