@@ -68,6 +68,18 @@ except ImportError as missing:
 from lab.console import LEADER, UserError, progress, say
 from lab.distributed import Interrupts, Team, keep_freed_memory
 from lab.language_model import HookedLM, PackedLinear, faster_dtype, pack_linear_
+from lab.sparse import (
+    Code,
+    SparseAutoencode,
+    candidates,
+    csr,
+    faster_screen,
+    largest,
+    places,
+    row_starts,
+    sparse_product,
+    transposed,
+)
 from lab.storage import (
     SEAL,
     Cache,
@@ -1215,148 +1227,6 @@ class Questions(Forest):
 # ------------------------------------------------------------------------------------------------
 # Sparse autoencoder
 # ------------------------------------------------------------------------------------------------
-
-
-class Code(NamedTuple):
-    """A batch through the SAE: reconstruction, and its active features as a flat list."""
-
-    z_hat_BD: Tensor
-    value_N: Tensor  # activation, > 0
-    row_N: Tensor  # token
-    column_N: Tensor  # feature
-
-
-class SparseAutoencode(torch.autograd.Function):
-    """z → (ẑ, active values, rows, columns) with everything but the encoder's screen sparse.
-
-    About one feature in a hundred fires, so activations, decoding, the gradient at active
-    positions and both weight gradients are products at the places of a sparse B × F matrix. Same
-    mathematics as `CustomSAE.dense_code`, in float32 whatever the screen's precision.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, z_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor,
-                b_dec_D: Tensor, screen: str) -> tuple[Tensor, ...]:
-        shape = len(z_BD), len(b_enc_F)
-        centred_BD = z_BD - b_dec_D
-        row_N, column_N = candidates(centred_BD, W_enc_FD, b_enc_F, screen)
-        pattern = csr(row_starts(row_N, shape[0]), column_N, torch.zeros(len(row_N)), shape)
-        product_N = torch.sparse.sampled_addmm(pattern, centred_BD, W_enc_FD.T).values()
-        value_N = product_N.add_(b_enc_F.index_select(0, column_N))
-        active = (value_N > 0).nonzero().squeeze(1)
-        row_N, column_N, value_N = (part.index_select(0, active)
-                                    for part in (row_N, column_N, value_N))
-        start_B = row_starts(row_N, shape[0])
-        z_hat_BD = sparse_product(start_B, column_N, value_N, W_dec_FD).add_(b_dec_D)
-        ctx.save_for_backward(centred_BD, W_enc_FD, W_dec_FD, start_B, column_N, value_N)
-        ctx.mark_non_differentiable(row_N, column_N)
-        return z_hat_BD, value_N, row_N, column_N
-
-    @staticmethod
-    def backward(ctx: Any, grad_z_hat_BD: Tensor, grad_value_N: Tensor,
-                 *_: Any) -> tuple[Tensor | None, ...]:
-        centred_BD, W_enc_FD, W_dec_FD, start_B, column_N, value_N = ctx.saved_tensors
-        # feature by feature, as both weight gradients are: the batch, not W, stays in the cache
-        start_F, row_N, order = transposed(start_B, column_N, len(W_dec_FD))
-        pattern = csr(start_F, row_N, torch.zeros_like(value_N), (len(W_dec_FD), len(centred_BD)))
-        grad_N = torch.sparse.sampled_addmm(pattern, W_dec_FD, grad_z_hat_BD.T).values()
-        grad_N = grad_N + grad_value_N.index_select(0, order)
-        value_N = value_N.index_select(0, order)
-        grad_W_dec_FD = sparse_product(start_F, row_N, value_N, grad_z_hat_BD)
-        grad_W_enc_FD = sparse_product(start_F, row_N, grad_N, centred_BD)
-        one_B1 = torch.ones_like(centred_BD[:, :1])
-        grad_b_enc_F = sparse_product(start_F, row_N, grad_N, one_B1).squeeze(1)
-        grad_b_dec_D = grad_z_hat_BD.sum(0) - grad_b_enc_F @ W_enc_FD
-        return None, grad_W_enc_FD, grad_b_enc_F, grad_W_dec_FD, grad_b_dec_D, None
-
-
-def candidates(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, screen: str,
-               rows: int = 512) -> tuple[Tensor, Tensor]:
-    """Rows and columns where x·w + b may be above zero: all those places, and a few more.
-
-    `float32` multiplies as usual. `int8`, several times faster on processors with 8-bit dot
-    products, rounds both factors to steps s = max|·|/127 (one for x, one for each w), which errs
-    with σ² = (s_x²‖w‖² + s_w²‖x‖²)/12; the threshold is six σ lower. Before that, dimensions are
-    rescaled so that both factors have about the same outliers in each (the residual stream has
-    some of fifty times the usual size; the idea of SmoothQuant, Xiao et al. 2023); any scale is
-    right, so a sample of the rows serves. `rows` at a time: the products stay in the
-    processor's cache.
-    """
-    limit_F = -b_F - 1e-5  # roundings differ between dense and sampled products
-    multiply = torch.mm
-    if screen == "int8":
-        balance_D = (largest(x_BD[::8], 0) / largest(W_FD[::8], 0).clamp(min=1e-9)).sqrt()
-        balance_D.clamp_(min=1e-9)
-        x_BD, W_FD = x_BD / balance_D, W_FD * balance_D
-        step_x = (largest(x_BD, 1).max() / 127).clamp(min=1e-12)
-        step_F = largest(W_FD, 1).clamp_(min=1e-12) / 127
-        longest = torch.linalg.vector_norm(x_BD, dim=1).max()
-        sigma_F = torch.hypot(step_x * torch.linalg.vector_norm(W_FD, dim=1), step_F * longest)
-        limit_F -= 6 * sigma_F / math.sqrt(12)
-        limit_F = (limit_F / (step_x * step_F)).clamp_(-(2.0**30), 2.0**30)
-        limit_F = limit_F.floor().to(torch.int32)
-        x_BD = x_BD.div_(step_x).round_().to(torch.int8)
-        W_FD = W_FD.div_(step_F[:, None]).round_().to(torch.int8)
-        multiply = torch._int_mm
-    found = []
-    product_CF = torch.empty(min(rows, len(x_BD)), len(W_FD), dtype=limit_F.dtype)
-    for start in range(0, len(x_BD), rows):
-        part = x_BD[start : start + rows]
-        product = product_CF[: len(part)]
-        multiply(part, W_FD.T, out=product)
-        above = np.greater(product.numpy(), limit_F.numpy())  # faster than torch.gt
-        row_N, column_N = places(torch.from_numpy(above))
-        found.append((row_N.add_(start), column_N))
-    return tuple(torch.cat(parts) for parts in zip(*found))
-
-
-def places(hit_CF: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the true entries, in order. So few are true that most words of eight
-    entries hold none: these are passed over whole."""
-    width = 8 if hit_CF.shape[1] % 8 == 0 else 1
-    words_CW = hit_CF.view(torch.int64 if width == 8 else torch.uint8)
-    row, word = words_CW.nonzero().T.contiguous()
-    which, place = words_CW[row, word].view(torch.bool).view(-1, width).nonzero().T.contiguous()
-    return row.index_select(0, which), word.index_select(0, which).mul_(width).add_(place)
-
-
-def largest(x_BD: Tensor, dim: int) -> Tensor:
-    """Largest magnitude along a dimension, without a copy of all magnitudes."""
-    return torch.maximum(x_BD.amax(dim), -x_BD.amin(dim))
-
-
-def faster_screen() -> str:
-    """int8 where the processor has 8-bit dot products, which are several times faster; the
-    processor is asked, not timed, so that a run that continues never changes its mind."""
-    has = torch.cpu.get_capabilities()
-    return "int8" if has.get("avx512_vnni") or has.get("amx_int8") else "float32"
-
-
-def row_starts(row_N: Tensor, n_rows: int) -> Tensor:
-    """Where each row begins in a list sorted by rows, and the end: a CSR pattern's first half."""
-    start = torch.zeros(n_rows + 1, dtype=torch.long, device=row_N.device)
-    torch.cumsum(torch.bincount(row_N, minlength=n_rows), 0, out=start[1:])
-    return start
-
-
-def transposed(start_B: Tensor, column_N: Tensor, F: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pattern of the transpose of a B × F CSR pattern, and where its entries were."""
-    entries = np.arange(len(column_N)), column_N.cpu().numpy(), start_B.cpu().numpy()
-    moved = scipy.sparse.csr_matrix(entries, shape=(len(start_B) - 1, F)).tocsc()
-    parts = (torch.from_numpy(part).to(column_N.device, torch.long)
-             for part in (moved.indptr, moved.indices, moved.data))
-    return tuple(parts)
-
-
-def csr(start: Tensor, column: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:
-    return torch.sparse_csr_tensor(start, column, value, shape, check_invariants=False)
-
-
-def sparse_product(start: Tensor, column: Tensor, value: Tensor, dense: Tensor) -> Tensor:
-    """A sparse matrix, by its CSR parts, times a dense one: sums of the dense one's rows. Twice as
-    fast as the product of a CSR tensor."""
-    return nn.functional.embedding_bag(column, dense, start, mode="sum", per_sample_weights=value,
-                                       include_last_offset=True)
 
 
 class CustomSAE(nn.Module):
