@@ -1,0 +1,213 @@
+"""The `pythia` substrate: Pythia-70M, WikiText, WMDP-bio and MMLU from the Hugging Face Hub."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import torch
+import transformers
+from torch import nn
+
+from lab.console import UserError, say
+from lab.storage import Cache, digest, sha256_of
+from lab.substrates.texts import Question, in_learn_half, probe_part, shuffled
+
+CustomSAEConfig = Any
+
+
+@contextlib.contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """One line for whatever the Hub's clients raise: each version of theirs has its own kinds."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{what} cannot be had from the Hugging Face Hub or its cache "
+                        f"({type(error).__name__}: {reason}); check network and HF_HOME") from error
+
+
+class Pythia:
+    """Pythia-70M, WikiText-103, WMDP-bio and MMLU from the Hugging Face Hub."""
+
+    name = "pythia"
+    model_name = "EleutherAI/pythia-70m-deduped"
+    layer = 3
+    revisions = {
+        "EleutherAI/pythia-70m-deduped": "e93a9faa9c77e5d09219f6c868bfc7a1bd65593c",
+        "Salesforce/wikitext": "b08601e04326c79dfdd32d625aee71d232d685c3",
+        "cais/mmlu": "c30699e8356da336a370243923dbaf21066bb9fe",
+        "codeparrot/github-code": "refs/convert/parquet",  # main is a script, which no longer loads
+    }  # others, and cais/wmdp, are read at their newest commit
+    retain_subjects = ("high_school_us_history", "college_computer_science",
+                       "high_school_geography", "human_aging")
+
+    def __init__(self, cache: Cache):
+        self.cache = cache
+        self.fingerprint = digest(self.revisions)
+        datasets.config.STREAMING_READ_MAX_RETRIES = 1  # not 20 rounds of the client's own 5
+
+    def check(self, timeout: float = 5.0) -> None:
+        """Raise UserError, which says why, where model and data cannot be had."""
+        revision = self.revisions[self.model_name]
+        cached = huggingface_hub.try_to_load_from_cache(self.model_name, "model.safetensors",
+                                                        revision=revision)
+        corpora = list(self.cache.root.glob(f"{self.name}/corpus-*.safetensors"))
+        if isinstance(cached, str) and corpora:
+            return
+        with hub_errors(self.model_name):
+            huggingface_hub.HfApi().model_info(self.model_name, revision=revision, timeout=timeout)
+            for name in ("cais/wmdp", "Salesforce/wikitext"):
+                huggingface_hub.HfApi().dataset_info(name, timeout=timeout)
+
+    def fetch(self) -> None:
+        """The model's files; damaged weights (the Hub's cache names them by SHA-256) once more."""
+        for again in (False, True):
+            with hub_errors(self.model_name):
+                folder = huggingface_hub.snapshot_download(
+                    self.model_name, revision=self.revisions[self.model_name],
+                    allow_patterns=["*.json", "*.safetensors"], force_download=again)
+            weights = Path(folder, "model.safetensors")
+            expected = weights.readlink().name if weights.is_symlink() else ""
+            if len(expected) != 64 or sha256_of(weights) == expected:
+                return
+            say(f"{weights} does not match its hash")
+        raise UserError(f"the Hugging Face Hub gives a damaged {self.model_name}; try again later")
+
+    def load_model(self, dtype: torch.dtype) -> tuple[nn.Module, Any]:
+        options = dict(revision=self.revisions[self.model_name], local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            self.model_name, dtype=dtype, **options
+        )
+        return model, transformers.AutoTokenizer.from_pretrained(self.model_name, **options)
+
+    def rows(self, path: str, config: str | None, split: str) -> Iterator[dict[str, Any]]:
+        """Rows of a data set, streamed, so that only what is used is fetched."""
+        revision = self.revisions.get(path, "main")
+        place = {"data_dir" if "convert" in revision else "name": config}
+        with hub_errors(path):
+            yield from datasets.load_dataset(path, **place, split=split, revision=revision,
+                                             streaming=True)
+
+    def wikitext(self, split: str, characters: int) -> list[str]:
+        texts: list[str] = []
+        for row in self.rows("Salesforce/wikitext", "wikitext-103-raw-v1", split):
+            if len(row["text"]) > 50:
+                texts.append(row["text"].strip())
+                characters -= len(row["text"])
+            if characters <= 0:
+                break
+        return texts
+
+    def corpus(self, config: CustomSAEConfig) -> dict[str, Any]:
+        """Texts by half and domain, questions and probing sets; what cannot be had is named."""
+        biology = list(self.rows("cais/wmdp", "wmdp-bio", "test"))
+        facts: dict[str, list[str]] = {"learn": [], "ask": []}
+        for row in biology:
+            half = "learn" if in_learn_half(row["question"]) else "ask"
+            facts[half].append(self.statement(row))
+        other = [row for subject in self.retain_subjects
+                 for row in self.rows("cais/mmlu", subject, "test")]
+        statements = [self.statement(row) for row in other]
+        asked = [row for row in biology if not in_learn_half(row["question"])]
+        probes, skipped = self.probe_sets(config)
+        return {
+            "learn": {"forget": facts["learn"],
+                      "retain": self.wikitext("train", 6 * config.learn_tokens), "other": []},
+            "ask": {"forget": facts["ask"], "retain": self.wikitext("test", 2_000_000),
+                    "other": statements},
+            "questions": {"forget": [self.question(row) for row in shuffled(asked, "questions")],
+                          "retain": [self.question(row) for row in shuffled(other, "questions")]},
+            "probes": probes,
+            "skipped": skipped,
+        }
+
+    @staticmethod
+    def statement(row: dict[str, Any]) -> str:
+        return f"{row['question']} {row['choices'][row['answer']]}"
+
+    @staticmethod
+    def question(row: dict[str, Any]) -> Question:
+        prompt = f"Question: {row['question']}\nAnswer:"
+        return Question(prompt, "Answer:", list(row["choices"]), row["answer"])
+
+    def probe_sets(self, config: CustomSAEConfig) -> tuple[dict[str, Any], dict[str, str]]:
+        """SAEBench's eight data sets; one that cannot be loaded is skipped with its reason."""
+        probes, skipped = {}, {}
+        for name, source in PROBE_SOURCES.items():
+            try:
+                wanted = (config.probe_train + config.probe_test) // 2
+                probes[name] = {"rows": source.rows(self, wanted)}
+            except (UserError, ValueError, KeyError) as error:
+                skipped[name] = str(error) if isinstance(error, UserError) else repr(error)
+                say(f"probing set {name} is skipped, in all runs from this cache: {skipped[name]}")
+        return probes, skipped
+
+
+@dataclass(frozen=True)
+class ProbeSource:
+    """Where SAEBench's probing task takes its texts from, and how a row becomes (class, text)."""
+
+    path: str
+    classes: tuple[Any, ...]
+    label: Callable[[dict], Any]
+    text: Callable[[dict], str | None]
+    split: str = "train"
+    configs: tuple[str | None, ...] = (None,)
+    balance: Callable[[dict], Any] = lambda row: None  # classes hold equal parts of this
+
+    def rows(self, hub: Pythia, wanted: int) -> list[tuple[str, str, str]]:
+        """Up to `wanted` texts a class as (part, class, text), equal over `balance`'s values."""
+        kept: dict[tuple[Any, Any], list[str]] = {}
+        for config in self.configs:
+            full: set[Any] = set()
+            for seen, row in enumerate(hub.rows(self.path, config, self.split)):
+                text = self.text(row)
+                if self.label(row) in self.classes and text:
+                    bucket = kept.setdefault((self.label(row), self.balance(row)), [])
+                    bucket.append(text)
+                    if len(bucket) >= wanted:
+                        full.add(self.label(row))
+                if len(full) == len(self.classes) // len(self.configs) or seen > 400_000:
+                    break
+        rows = []
+        for label in self.classes:
+            buckets = [texts for (name, _), texts in kept.items() if name == label]
+            if not buckets:
+                raise ValueError(f"{self.path} has no row of class {label!r}")
+            size = min(wanted // len(buckets), *(len(texts) for texts in buckets))
+            chosen = [text for texts in buckets for text in texts[:size]]
+            rows += [(probe_part(text), str(label), text) for text in chosen]
+        return rows
+
+
+def bias_in_bios(*classes: int) -> ProbeSource:
+    return ProbeSource("LabHC/bias_in_bios", classes, lambda row: row["profession"],
+                       lambda row: row["hard_text"], balance=lambda row: row["gender"])
+
+
+PROBE_SOURCES = {
+    "LabHC/bias_in_bios_class_set1": bias_in_bios(0, 1, 2, 6, 9),
+    "LabHC/bias_in_bios_class_set2": bias_in_bios(11, 13, 14, 18, 19),
+    "LabHC/bias_in_bios_class_set3": bias_in_bios(20, 21, 22, 25, 26),
+    "canrager/amazon_reviews_mcauley_1and5": ProbeSource(
+        "canrager/amazon_reviews_mcauley_1and5", (1, 2, 3, 5, 6),
+        lambda row: row["category"], lambda row: row["text"], balance=lambda row: row["rating"]),
+    "canrager/amazon_reviews_mcauley_1and5_sentiment": ProbeSource(
+        "canrager/amazon_reviews_mcauley_1and5", (1.0, 5.0),
+        lambda row: float(row["rating"]), lambda row: row["text"]),
+    "codeparrot/github-code": ProbeSource(
+        "codeparrot/github-code", ("C", "Python", "HTML", "Java", "PHP"),
+        lambda row: row["language"],
+        lambda row: row["code"][150:] if len(row["code"]) > 534 else None, configs=("all-all",)),
+    "fancyzhx/ag_news": ProbeSource(
+        "fancyzhx/ag_news", (0, 1, 2, 3), lambda row: row["label"], lambda row: row["text"]),
+    "Helsinki-NLP/europarl": ProbeSource(
+        "Helsinki-NLP/europarl", ("en", "fr", "de", "es", "nl"),
+        lambda row: next(iter(row["translation"])),
+        lambda row: next(iter(row["translation"].values())),
+        configs=("en-fr", "fr-it", "de-en", "es-fr", "nl-pt")),
+}
