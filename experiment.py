@@ -108,6 +108,7 @@ from lab.storage import (
     write_tensors,
     write_text,
 )
+from lab.substrates import choose_substrate
 from lab.substrates.pythia import PROBE_SOURCES, ProbeSource, Pythia, bias_in_bios, hub_errors
 from lab.substrates.standin import Standin, organ_labels, organ_systems
 from lab.substrates.texts import (
@@ -316,23 +317,6 @@ def read_result(folder: Path) -> dict[str, Any] | None:
 # ------------------------------------------------------------------------------------------------
 # Text and language model: the two substrates
 # ------------------------------------------------------------------------------------------------
-
-
-def choose_substrate(choice: str, cache: Cache) -> Standin | Pythia:
-    """`auto` prefers Pythia and falls back to the stand-in, saying so in one line."""
-    if choice not in ("auto", "pythia", "standin"):
-        raise UserError(f"SAE_SUBSTRATE={choice!r} is unknown; use auto, pythia or standin")
-    if choice == "standin":
-        return Standin(cache)
-    pythia = Pythia(cache)
-    try:
-        pythia.check()
-        return pythia
-    except UserError as reason:
-        if choice == "pythia":
-            raise
-        say(f"substrate: standin ({Standin.model_name}); {reason}")
-    return Standin(cache)
 
 
 # ------------------------------------------------------------------------------------------------
