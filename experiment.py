@@ -78,6 +78,7 @@ from lab.grouping import (
     random_condition_number,
 )
 from lab.language_model import HookedLM, PackedLinear, faster_dtype, pack_linear_
+from lab.results.statistics import concave_envelope, frontier_area, mean_and_stderr
 from lab.sparse import (
     Code,
     SparseAutoencode,
@@ -1686,31 +1687,6 @@ def apply_setting(trained: TrainedSAE, material: Material, features: Tensor, tar
     return Effect(rise_R, right_Q, True)
 
 
-def concave_envelope(cost: np.ndarray, gain: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Largest gain at each cost of `grid`, on the upper concave hull of the settings and (0, 0).
-
-    A point on the hull between two settings is reached by using one or the other at random. Costs
-    below zero count as zero.
-    """
-    points = sorted({(0.0, 0.0), *zip(np.maximum(cost, 0.0).tolist(), gain.tolist())})
-    hull: list[tuple[float, float]] = []
-    for point in points:
-        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (point[0] - hull[-2][0]) <= (
-            point[1] - hull[-2][1]) * (hull[-1][0] - hull[-2][0]):
-            hull.pop()
-        if hull and hull[-1][0] == point[0]:
-            hull.pop()
-        if not hull or point[1] > hull[-1][1]:
-            hull.append(point)
-    return np.interp(grid, *(np.array(axis) for axis in zip(*hull)))
-
-
-def frontier_area(cost: np.ndarray, gain: np.ndarray, end: float) -> float:
-    """Mean over costs from 0 to `end` of the largest gain on the concave envelope."""
-    grid = np.linspace(0, end, 301)
-    return float(np.trapezoid(concave_envelope(cost, gain, grid), grid) / end)
-
-
 def unlearning_area(forget_SR: np.ndarray, retain_SR: np.ndarray,
                     other_SR: np.ndarray | None = None) -> float:
     """Area under the frontier of forget rises against the larger of the two retain rises, in
@@ -1852,22 +1828,6 @@ def flat_metrics(parts: dict[str, dict[str, Any]]) -> dict[str, float | None]:
         name = key if key.startswith(("forget", "accuracy")) else f"unlearning_{key}"
         flat[name] = parts["unlearning"][key]
     return flat
-
-
-def mean_and_stderr(rows: list[dict[str, float | None]]) -> tuple[dict, dict]:
-    """Mean and standard error (std / √n, n − 1 in the variance) over seeds, by metric.
-
-    A metric that is missing for a seed has neither; one seed has no standard error.
-    """
-    means: dict[str, float | None] = {}
-    stderrs: dict[str, float | None] = {}
-    for name in rows[0]:
-        values = [row.get(name) for row in rows]
-        usable = all(value is not None and math.isfinite(value) for value in values)
-        means[name] = float(np.mean(values)) if usable else None
-        spread = usable and len(values) > 1
-        stderrs[name] = float(np.std(values, ddof=1) / math.sqrt(len(values))) if spread else None
-    return means, stderrs
 
 
 def export_sae(trained: TrainedSAE, folder: Path, substrate: Standin | Pythia,
