@@ -68,6 +68,14 @@ except ImportError as missing:
 from lab.console import LEADER, UserError, progress, say
 from lab.distributed import Interrupts, Team, keep_freed_memory
 from lab.evaluations.conditioning import evaluate_conditioning
+from lab.evaluations.probing import (
+    K_VALUES,
+    ProbeSet,
+    add_rows_,
+    binary_task,
+    probe_accuracy,
+    probe_table,
+)
 from lab.evaluations.prompt_trees import Forest, Questions
 from lab.evaluations.reconstruction import reconstruction_metrics
 from lab.grouping import (
@@ -229,7 +237,6 @@ MULTIPLIERS = (0.5, 2.0, 8.0, 32.0)  # unlearning: clamp value, in mean activati
 RETAIN_BUDGETS = (0.01, 0.05, 0.1)  # nats of retain cross-entropy
 FRONTIER_END = 0.3  # nats of retain cross-entropy up to which the frontier's area is taken
 RETAINED = 0.95  # retain accuracy below which a setting counts as too costly for questions
-K_VALUES = (1, 2, 5, 10, 20, 50)  # sparse probing
 DUPLICATE_COSINE = 0.9  # two features this close count as duplicates
 SINK_FACTOR = 10.0  # a token this many median norms long is an attention sink
 
@@ -595,26 +602,6 @@ class Material:
         return ProbeSet(found[0]["acts"], found[0]["owner"],
                         np.array([label for _, label, _ in chosen]),
                         np.array([part for part, _, _ in chosen]), causes)
-
-
-class ProbeSet(NamedTuple):
-    """Texts of a probing task: residuals of all their tokens, owners, labels, parts."""
-
-    acts_ND: Tensor  # float16, raw
-    owner_N: Tensor  # which text a token is of
-    labels: np.ndarray
-    parts: np.ndarray  # train | test
-    causes: tuple  # what its texts and tokens depend on
-
-    def pooled(self, add_: Callable[[Tensor, Tensor, Tensor], Any], width: int,
-               chunk: int = 4096) -> np.ndarray:
-        """Mean over each text's tokens, float32 [texts, width]; `add_` adds up raw activations'
-        rows in the total of the text that owns them."""
-        total = torch.zeros(len(self.labels), width)
-        for acts, owner in zip(self.acts_ND.split(chunk), self.owner_N.split(chunk)):
-            add_(total, owner, acts.float())
-        counts = torch.bincount(self.owner_N, minlength=len(total)).clamp(min=1)
-        return (total / counts[:, None]).numpy()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1284,51 +1271,6 @@ def evaluate_reconstruction(trained: TrainedSAE, material: Material,
             "ce_sae": ce, "ce_zero": zero, "ce_base": base,
             "ce_score": (zero - ce) / (zero - base) if zero != base else None,
             "tokens": len(z_ND)}
-
-
-def add_rows_(total_OD: Tensor, owner_N: Tensor, x_ND: Tensor) -> None:
-    total_OD.index_add_(0, owner_N, x_ND)
-
-
-def probe_accuracy(train: tuple, test: tuple, k: int | None) -> float:
-    """Test accuracy of a logistic regression on the k columns with the largest difference of class
-    means on the training part (all columns for None): Kantamneni et al. 2025, SAEBench."""
-    (x, y), (x_test, y_test) = train, test
-    if k is not None:
-        gap = np.abs(x[y].mean(0) - x[~y].mean(0))
-        best = np.argsort(-gap, kind="stable")[:k]
-        x, x_test = x[:, best], x_test[:, best]
-    probe = LogisticRegression(C=1.0, max_iter=1000)
-    return float((probe.fit(x, y).predict(x_test) == y_test).mean())
-
-
-def binary_task(labels: np.ndarray, parts: np.ndarray, part: str, label: str,
-                most: int) -> np.ndarray:
-    """Texts of one class, and as many of all other classes in equal numbers; positives first."""
-    inside = parts == part
-    positive = np.flatnonzero(inside & (labels == label))[: most // 2]
-    others = [name for name in np.unique(labels) if name != label]
-    each = math.ceil(len(positive) / max(1, len(others)))
-    pools = [np.flatnonzero(inside & (labels == name))[:each] for name in others]
-    negative = np.concatenate(pools)[: len(positive)] if pools else positive[:0]
-    positive = positive[: len(negative)]
-    return np.concatenate([positive, negative])
-
-
-def probe_table(features: np.ndarray, texts: ProbeSet, config: CustomSAEConfig) -> dict[str, float]:
-    """Accuracies of one data set, mean over its classes one against the rest, by k."""
-    table: dict[str, list[float]] = {}
-    for label in np.unique(texts.labels):
-        parts = {}
-        for part, most in (("train", config.probe_train), ("test", config.probe_test)):
-            index = binary_task(texts.labels, texts.parts, part, label, most)
-            parts[part] = features[index], texts.labels[index] == label
-        if min(len(parts["train"][1]), len(parts["test"][1])) < 4:
-            continue  # too few texts of this class for a task: it does not count
-        for k in (*K_VALUES, None):
-            name = "test_accuracy" if k is None else f"top_{k}_test_accuracy"
-            table.setdefault(name, []).append(probe_accuracy(parts["train"], parts["test"], k))
-    return {name: float(np.mean(values)) for name, values in table.items()}
 
 
 def evaluate_sparse_probing(trained: TrainedSAE, material: Material) -> dict[str, Any]:
