@@ -1,25 +1,136 @@
-"""What a person at a terminal, or reading a log, is told: lines, progress, errors."""
+"""What a person at a terminal, or reading a log, is told: lines, progress, one-line errors."""
 
+import contextlib
 import os
 import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm
+
+IS_LEADER = os.environ.get("RANK", "") in ("", "0")  # under torchrun the first process speaks
+HEARTBEAT = 60.0  # seconds between two lines on a phase where there is no terminal
 
 
 class UserError(Exception):
     """Something the user can mend; `main` prints it as one line and exits non-zero."""
 
 
-LEADER = int(os.environ.get("RANK", 0)) == 0  # under torchrun the first process speaks for all
+def report(text: str) -> None:
+    """One line on stderr, clear of progress bars."""
+    if IS_LEADER:
+        with contextlib.suppress(OSError, ValueError):  # a closed stderr ends no run
+            tqdm.write(text, file=sys.stderr)
 
 
-def say(text: str) -> None:
-    """One line for the person at the terminal, clear of progress bars."""
-    if LEADER:
-        tqdm.write(text, file=sys.stderr)
+def report_error(text: str) -> None:
+    """The one line on stderr with which a run ends; every process says its own."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(f"error: {text}", file=sys.stderr, flush=True)
 
 
-def progress(items: Any, what: str, **options: Any) -> tqdm:
-    quiet = not (LEADER and sys.stderr.isatty())
-    return tqdm(items, desc=what, disable=quiet, leave=False, **options)
+def show(lines: list[str]) -> None:
+    """The result, on stdout; a stdout that is closed costs no result."""
+    with contextlib.suppress(ValueError, AttributeError):
+        try:
+            print("\n".join(lines), flush=True)
+        except OSError:  # or Python complains once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def at_terminal() -> bool:
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
+
+
+def duration(seconds: float) -> str:
+    """For example 4 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+class Progress:
+    """How far a piece of long work is: a bar in a terminal, elsewhere a line a minute.
+
+    The line comes from a thread, so that one long step does not keep the log silent.
+    """
+
+    open: list["Progress"] = []  # the innermost last
+
+    def __init__(self, what: str, total: int | None = None, done: int = 0):
+        self.what, self.total, self.done, self.first = what, total, done, done
+        self.start = time.monotonic()
+        quiet = not (IS_LEADER and at_terminal())
+        self.bar = tqdm(desc=what, total=total, initial=done, disable=quiet, leave=False)
+
+    def __enter__(self) -> "Progress":
+        Progress.open.append(self)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        Progress.open.remove(self)
+        self.bar.close()
+
+    def advance(self) -> None:
+        self.done += 1
+        self.bar.update()
+
+    def show(self, **values: str) -> None:
+        self.bar.set_postfix(values)
+
+    def line(self) -> str:
+        gone = time.monotonic() - self.start
+        if not self.total:
+            return f"{self.what}: {duration(gone)} so far"
+        steps = self.done - self.first
+        left = f", about {duration(gone / steps * (self.total - self.done))} left" if steps else ""
+        return f"{self.what}: {self.done} of {self.total} after {duration(gone)}{left}"
+
+
+def progress(items: Iterable, what: str) -> Iterator:
+    """`items`, one after the other, with their progress shown."""
+    items = list(items)
+    with Progress(what, len(items)) as shown:
+        for item in items:
+            yield item
+            shown.advance()
+
+
+class Clock:
+    """Seconds spent in each phase by this process, with a line at its start and end."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def phase(self, name: str, of: str = "") -> Iterator[None]:
+        what = f"{name.replace('_', ' ')}{', ' if of else ''}{of}"
+        report(f"{what}: begins")
+        start = time.monotonic()
+        with Progress(what), heartbeat():
+            yield
+        gone = time.monotonic() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + gone
+        report(f"{what}: done in {duration(gone)}")
+
+
+@contextlib.contextmanager
+def heartbeat() -> Iterator[None]:
+    """A line every HEARTBEAT seconds on the innermost work, where no bar shows it."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(HEARTBEAT):
+            report(Progress.open[-1].line())
+
+    if not at_terminal():
+        threading.Thread(target=beat, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()

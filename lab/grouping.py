@@ -38,6 +38,11 @@ class CoactivationSketch:
         self.fired_F += torch.bincount(code.column_N, minlength=len(self.fired_F))
         self.tokens += len(sign_B)
 
+    def forget_(self, features: Tensor) -> None:
+        """Newborn features have fired on nothing."""
+        self.sum_FR[features] = 0
+        self.fired_F[features] = 0
+
     def decay_(self, factor: float) -> None:
         """Older batches count less: features move while they train."""
         for part in vars(self).values():
@@ -178,6 +183,7 @@ def group_statistics(
     M = groups_GM.shape[1]
     pairs = rows_GMR.sum(1).square().sum(1) - rows_GMR.square().sum((1, 2))
     share_KG = (use_KF / use_KF.sum(1, keepdim=True).clamp(min=1e-12))[:, groups_GM].sum(-1)
-    evenness = share_KG.min(0).values / share_KG.mean(0).clamp(min=1e-12)
+    mean_G = share_KG.mean(0)  # of a group that never fired nothing is known: it counts as even
+    evenness = torch.where(mean_G > 0, share_KG.min(0).values / mean_G.clamp(min=1e-12), 1.0)
     kappas = (condition_numbers(W_FD, groups_GM, common) for common in (0, 1))
     return GroupStatistics(pairs / (M * (M - 1)), evenness, *kappas)

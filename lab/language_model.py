@@ -44,7 +44,7 @@ def pack_linear_(module: nn.Module) -> None:
                 setattr(parent, name, PackedLinear(layer))
 
 
-class HookedLM:
+class LanguageModel:
     """The language model around its hook point: the one place where nnsight appears.
 
     `residual` reads the output of block `layer` and stops there; `final` puts given residuals in
@@ -94,25 +94,28 @@ class HookedLM:
             out = self.base.output.last_hidden_state.save()
         return out
 
-    @torch.no_grad()
-    def log_probs(self, h_ND: Tensor, row_S: Tensor, target_S: Tensor) -> Tensor:
-        """Log-probability of each target token given the hidden state in its row, float32 [S].
 
-        The vocabulary is taken a thousand words at a time, so that logits stay in the cache."""
-        row_S, target_S = row_S.to(self.device), target_S.to(self.device)
-        W_VD = self.head.weight
-        logit_S = torch.linalg.vecdot(h_ND[row_S].float(), W_VD[target_S].float())
-        total_N = torch.cat([
-            torch.stack([(h @ W.T).float().logsumexp(1) for W in W_VD.split(1024)]).logsumexp(0)
-            for h in h_ND.split(1024)])
-        return (logit_S - total_N[row_S]).cpu()
+@torch.no_grad()
+def log_probs(lm: LanguageModel, h_ND: Tensor, row_S: Tensor, target_S: Tensor) -> Tensor:
+    """Log-probability of each target token given the last hidden state in its row, float32 [S].
 
-    def losses(self, tokens_BT: Tensor, x_BTD: Tensor, rows: int = 8) -> Tensor:
-        """Next-token cross-entropy [B, T - 1] in nats with `x_BTD` at the hook."""
-        parts = []
-        for tokens, x in zip(tokens_BT.split(rows), x_BTD.split(rows)):
-            h = self.final(tokens, x)[:, :-1]
-            target = tokens[:, 1:].flatten().long()
-            flat = self.log_probs(h.flatten(0, 1), torch.arange(len(target)), target)
-            parts.append(-flat.view(len(tokens), -1))
-        return torch.cat(parts)
+    The vocabulary is taken a thousand words at a time, so that logits stay in the cache.
+    """
+    row_S, target_S = row_S.to(lm.device), target_S.to(lm.device)
+    W_VD = lm.head.weight
+    logit_S = torch.linalg.vecdot(h_ND[row_S].float(), W_VD[target_S].float())
+    total_N = torch.cat([
+        torch.stack([(h @ W.T).float().logsumexp(1) for W in W_VD.split(1024)]).logsumexp(0)
+        for h in h_ND.split(1024)])
+    return (logit_S - total_N[row_S]).cpu()
+
+
+def losses(lm: LanguageModel, tokens_BT: Tensor, x_BTD: Tensor, rows: int = 8) -> Tensor:
+    """Next-token cross-entropy [B, T - 1] in nats with the residuals `x_BTD` at the hook."""
+    parts = []
+    for tokens, x in zip(tokens_BT.split(rows), x_BTD.split(rows)):
+        h = lm.final(tokens, x)[:, :-1]
+        target = tokens[:, 1:].flatten().long()
+        flat = log_probs(lm, h.flatten(0, 1), torch.arange(len(target)), target)
+        parts.append(-flat.view(len(tokens), -1))
+    return torch.cat(parts)

@@ -1,6 +1,7 @@
-"""The sparse training step's products, and the screen for active features."""
+"""The sparse training step's products, the screen for active features, SAEs as exported."""
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,45 @@ class Code(NamedTuple):
     value_N: Tensor  # activation, > 0
     row_N: Tensor  # token
     column_N: Tensor  # feature
+
+
+@dataclass(frozen=True)
+class ExportedSAE:
+    """f = ReLU((x − b_dec) W_enc + b_enc),   x̂ = f W_dec + b_dec, on raw residuals x.
+
+    `W_enc [D, F]`, `b_enc [F]`, `W_dec [F, D]`, `b_dec [D]`, float32 on the CPU. What is exported
+    and what is evaluated, whatever scale it was trained at.
+    """
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+
+    @property
+    def d_in(self) -> int:
+        return self.W_dec.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_dec.shape[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+
+    @torch.no_grad()
+    def code(self, x_ND: Tensor) -> "Code":
+        """Reconstruction and active features of raw residuals [N, D]."""
+        weights = self.W_enc.T.contiguous(), self.b_enc, self.W_dec, self.b_dec
+        return Code(*SparseAutoencode.apply(x_ND, *weights, faster_screen()))
+
+    def encode(self, x: Tensor, features: Tensor | slice = slice(None)) -> Tensor:
+        """Activations [..., n] of some features, all unless told."""
+        centred = (x - self.b_dec) @ self.W_enc[:, features]
+        return torch.relu(centred + self.b_enc[features])
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        return self.encode(x) @ self.W_dec + self.b_dec
 
 
 class SparseAutoencode(torch.autograd.Function):
@@ -74,7 +114,8 @@ def candidates(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, screen: str,
     right, so a sample of the rows serves. `rows` at a time: the products stay in the
     processor's cache.
     """
-    limit_F = -b_F - 1e-5  # roundings differ between dense and sampled products
+    longest = torch.linalg.vector_norm(x_BD, dim=1).max()
+    limit_F = -b_F - 1e-6 * longest  # roundings differ between dense and sampled products
     multiply = torch.mm
     if screen == "int8":
         balance_D = (largest(x_BD[::8], 0) / largest(W_FD[::8], 0).clamp(min=1e-9)).sqrt()
@@ -82,7 +123,7 @@ def candidates(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, screen: str,
         x_BD, W_FD = x_BD / balance_D, W_FD * balance_D
         step_x = (largest(x_BD, 1).max() / 127).clamp(min=1e-12)
         step_F = largest(W_FD, 1).clamp_(min=1e-12) / 127
-        longest = torch.linalg.vector_norm(x_BD, dim=1).max()
+        longest = torch.linalg.vector_norm(x_BD, dim=1).max()  # of the rescaled rows
         sigma_F = torch.hypot(step_x * torch.linalg.vector_norm(W_FD, dim=1), step_F * longest)
         limit_F -= 6 * sigma_F / math.sqrt(12)
         limit_F = (limit_F / (step_x * step_F)).clamp_(-(2.0**30), 2.0**30)

@@ -1,17 +1,21 @@
 """Whole-or-nothing files, checked tensors, the cache, digests, seeded randomness."""
 
+import ast
 import contextlib
+import errno
+import glob
 import hashlib
-import inspect
 import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -20,33 +24,45 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lab.console import UserError, say
+from lab.console import UserError, report
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Fill a temporary file, make it durable, then give it its name.
 
-    Bytes, since libraries that write files themselves report a full disk each in its own way.
+    A file that is there keeps its mode, a link its target; a new file gets the mode that the
+    umask gives. Raises PermissionError where a person made the file read-only. Takes bytes, since
+    libraries that write files themselves report a full disk each in its own way.
     """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.*.part"):  # of a process killed while it wrote
-        with contextlib.suppress(OSError):
-            if stale.stat().st_mtime < time.time() - 3600:
-                stale.unlink()
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    temporary = Path(name)
+    remove_stale_parts(path)
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+    if mode is not None and not mode & stat.S_IWUSR:
+        raise PermissionError(errno.EACCES, "is read-only", str(path))
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with open(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(handle)
-        temporary.chmod(0o644)
+        if mode is not None:
+            temporary.chmod(mode)
         os.replace(temporary, path)
     except OSError as error:
         error.filename = path  # of a full disk the system names none
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_stale_parts(path: Path) -> None:
+    """What processes that were killed while they wrote `path` have left beside it."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            if part.stat().st_mtime < time.time() - 3600:
+                part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,11 +87,6 @@ def to_json(value: Any, indent: int | None = None) -> str:
 def digest(*parts: Any) -> str:
     """A short name for what determines a cached thing."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def source_of(*objects: Any) -> str:
-    """The code that a cached thing depends on, so that a change of it is a change of key."""
-    return digest(*(inspect.getsource(item) for item in objects))
 
 
 def checksum(tensors: dict[str, Tensor], label: str) -> str:
@@ -116,9 +127,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any] | None:
         if checksum(tensors, path.name) == metadata["sha256"]:
             return tensors, json.loads(bytes(tensors.pop("note").numpy()))
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        say(f"{path} is damaged ({type(error).__name__}); it is made anew")
+        report(f"{path} is damaged ({type(error).__name__}); it is made anew")
         return None
-    say(f"{path} does not match its checksum; it is made anew")
+    report(f"{path} does not match its checksum; it is made anew")
     return None
 
 
@@ -126,25 +137,31 @@ class Cache:
     """Everything that outlives a run folder: each thing under a name and a key of its causes.
 
     Several processes may use it at once: what is missing is built under a lock, by one of them.
-    Locks are the operating system's and end with their process.
+    Locks are the operating system's and end with their process. Raises UserError where the folder
+    cannot be written or locked.
     """
 
     def __init__(self, root: Path):
-        self.root = root
+        self.root = root.expanduser()
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:
-            raise UserError(
-                f"the cache {root} cannot be written ({error.strerror}); set SAE_CACHE_DIR to a "
-                "folder that can"
-            ) from error
+            raise UserError(f"the cache {root} cannot be written ({error.strerror}); set "
+                            "SAE_CACHE_DIR to a folder that can") from error
+        try:
+            with self.lock(f"trial-{os.getpid()}", timeout=10) as trial:
+                Path(trial.lock_file).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"the file system of the cache {root} has no file locks "
+                            f"({type(error).__name__}); set SAE_CACHE_DIR to a local folder"
+                            ) from error
 
     def lock(self, name: str, timeout: float = -1) -> FileLock:
         path = self.root / "locks" / f"{name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(path, timeout=timeout)
+        return FileLock(path, timeout=timeout, fallback_to_soft=False)
 
     def path(self, name: str, *causes: Any) -> Path:
         return self.root / f"{name}-{digest(*causes)}.safetensors"
@@ -152,14 +169,19 @@ class Cache:
     def get(
         self, name: str, causes: tuple, build: Callable[[], tuple[dict[str, Tensor], Any]]
     ) -> tuple[dict[str, Tensor], Any]:
-        """Tensors and note of `name`, read if they are there and sound, else built and kept."""
+        """Tensors and note of `name`, read if they are there and sound, else built and kept.
+
+        Raises UserError where what was built is not finite: that is never kept.
+        """
         path = self.path(name, *causes)
-        if (found := read_tensors(path)) is not None:
-            return found
+        if (kept := read_tensors(path)) is not None:
+            return kept
         with self.lock(path.stem.replace("/", "_")):
-            if (found := read_tensors(path)) is not None:
-                return found
+            if (kept := read_tensors(path)) is not None:
+                return kept
             tensors, note = build()
+            if odd := non_finite(tensors):
+                raise UserError(f"{', '.join(odd)} of {name}: not finite numbers")
             write_tensors(path, tensors, note)
             return tensors, json.loads(to_json(note))
 
@@ -167,6 +189,106 @@ class Cache:
 def randomness(*causes: Any) -> torch.Generator:
     """A generator that depends on `causes` alone, so that no random state has to be saved."""
     return torch.Generator().manual_seed(int(digest(*causes), 16) % 2**63)
+
+
+# Code as a cause of what it computes
+
+
+class Definition(NamedTuple):
+    """A top-level definition: its syntax tree as text, and the names that its code uses."""
+
+    tree: str
+    names: frozenset[str]
+
+
+class Module(NamedTuple):
+    """The definitions of a source file, and where the names that it imports are defined."""
+
+    definitions: dict[str, Definition]
+    imports: dict[str, tuple[str, str]]
+
+
+def is_text(node: ast.AST) -> bool:
+    return (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str))
+
+
+def without_prose(tree: ast.AST) -> ast.AST:
+    """The tree without docstrings and annotations: what is left is what runs."""
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [part for part in body if not is_text(part)] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    return tree
+
+
+def read_module(path: Path) -> Module:
+    module = Module({}, {})
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lab"):
+            for alias in node.names:
+                module.imports[alias.asname or alias.name] = (node.module, alias.name)
+        targets = getattr(node, "targets", None) or [getattr(node, "target", node)]
+        names = [name.id for target in targets for name in ast.walk(target)
+                 if isinstance(name, ast.Name)] if not hasattr(node, "name") else [node.name]
+        if names and not isinstance(node, ast.Expr | ast.If | ast.Try):
+            code = without_prose(node)
+            used = frozenset(part.id for part in ast.walk(code) if isinstance(part, ast.Name))
+            for name in names:
+                module.definitions[name] = Definition(ast.dump(code), used)
+    return module
+
+
+def read_code(root: Path) -> dict[str, Module]:
+    """experiment.py and lab/ by module name."""
+    paths = [root / "experiment.py", *sorted((root / "lab").rglob("*.py"))]
+    names = [".".join(path.relative_to(root).with_suffix("").parts) for path in paths]
+    return {name.removesuffix(".__init__"): read_module(path) for name, path in zip(names, paths)}
+
+
+CODE = read_code(Path(__file__).resolve().parents[1])  # as it is loaded, whatever is edited later
+PLUMBING = ("lab.console", "lab.distributed", "lab.storage")  # carries numbers, makes none
+
+
+def code_behind(*roots: Any, values: tuple[Any, ...] = ()) -> dict[str, str]:
+    """Syntax trees of `roots` (functions, classes) and of all in this project that they name.
+
+    Docstrings, comments and annotations are left out, and with them what is only named there: an
+    object that a function is given is a root of its own. So are subclasses' bases. Left out too is
+    PLUMBING, but for its `randomness`, and `values`, whose values are causes of their own.
+    """
+    skipped = {item.__qualname__ for item in values}
+    waiting = [(base.__module__, base.__qualname__.split(".")[0]) for root in roots
+               for base in getattr(root, "__mro__", (root,))]
+    trees: dict[str, str] = {}
+    while waiting:
+        where, name = waiting.pop()
+        where = "experiment" if where == "__main__" else where
+        module = CODE.get(where)
+        where, name = module.imports.get(name, (where, name)) if module else (where, name)
+        kept = where not in PLUMBING or name == "randomness"
+        if not kept or name in skipped or f"{where}.{name}" in trees or where not in CODE:
+            continue
+        if (definition := CODE[where].definitions.get(name)) is not None:
+            trees[f"{where}.{name}"] = definition.tree
+            waiting += [(where, other) for other in definition.names]
+    return trees
+
+
+def code_digest(*roots: Any, values: tuple[Any, ...] = ()) -> str:
+    return digest(sorted(code_behind(*roots, values=values).items()))
+
+
+def laboratory_digest() -> str:
+    """Of all code in lab/: two results that differ in it were not measured alike."""
+    return digest([(where, name, definition.tree) for where, module in CODE.items()
+                   if where.startswith("lab") for name, definition in module.definitions.items()])
+
+
+# Files and folders that libraries write
 
 
 def sha256_of(path: Path) -> str:
@@ -188,7 +310,7 @@ def is_sealed(folder: Path) -> bool:
     with contextlib.suppress(OSError, ValueError, RecursionError):
         if json.loads((folder / SEAL).read_bytes()) == checksums(folder):
             return True
-    say(f"{folder} does not match its checksums; it is made anew")
+    report(f"{folder} does not match its checksums; it is made anew")
     return False
 
 

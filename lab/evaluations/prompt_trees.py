@@ -4,22 +4,41 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from lab.language_model import HookedLM
+from lab.language_model import LanguageModel, log_probs
 from lab.substrates.texts import Question
+
+OPTIONS = 4  # continuations of a question's prompt
+BRANCHES = 1 + OPTIONS  # of a tree: the prompt, then what may follow it
+
+
+class Batch(NamedTuple):
+    """Tokens to run, packed by trees into rows, as flat indices; -1 where there is none."""
+
+    run_RT: Tensor
+    rest_RP: Tensor  # the other tokens of these trees
+
+
+class Ran(NamedTuple):
+    """Some tokens of a batch after the language model."""
+
+    index_n: Tensor
+    h_nD: Tensor  # last hidden states
+    memory: dict[int, tuple[Tensor, Tensor]]  # their keys and values by block
 
 
 @dataclass
-class Forest:
+class PromptTrees:
     """Texts as trees that share a prompt between its continuations, to be run from the hook on.
 
-    Tree t has branch 5t, the prompt, and branches 5t + 1 … 5t + 4, what may follow it. A token
-    sees its own branch and its prompt, no future. So a prompt is run once, and where residuals
-    change, only what can see the change: the rest enters by the keys and values it had.
+    Tree t has branch BRANCHES·t, the prompt, and the OPTIONS branches after it, what may follow.
+    A token sees its own branch and its prompt, no future. So a prompt is run once. Where residuals
+    change, only what can see the change is run: the rest enters by the keys and values it had.
     """
 
     token_N: Tensor  # what the model reads
@@ -35,19 +54,22 @@ class Forest:
 
     @property
     def n_trees(self) -> int:
-        return int(self.branch_N[-1]) // 5 + 1 if len(self.branch_N) else 0
+        return int(self.branch_N[-1]) // BRANCHES + 1 if len(self.branch_N) else 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All but the memory, which is made anew."""
+        return {name: part for name, part in vars(self).items() if name != "memory"}
 
     def reached(self, touched_N: Tensor) -> Tensor:
         """Tokens that see one of `touched_N`, bool [N]."""
-        first_B = torch.full((5 * self.n_trees,), torch.iinfo(torch.long).max)
+        first_B = torch.full((BRANCHES * self.n_trees,), torch.iinfo(torch.long).max)
         first_B.scatter_reduce_(0, self.branch_N[touched_N], self.place_N[touched_N], "amin")
-        first_B = torch.minimum(first_B, first_B.view(-1, 5)[:, 0].repeat_interleave(5))
-        return self.place_N >= first_B[self.branch_N]
+        prompt_B = first_B.view(-1, BRANCHES)[:, 0].repeat_interleave(BRANCHES)
+        return self.place_N >= torch.minimum(first_B, prompt_B)[self.branch_N]
 
-    def rows(self, run_N: Tensor, width: int = 128, per_batch: int = 8) -> Iterator[tuple]:
-        """Tokens to run, packed by trees into rows, and the rest of these trees: flat indices
-        [R, T] and [R, P], -1 where there is none."""
-        tree_N = self.branch_N // 5
+    def batches(self, run_N: Tensor, width: int = 128, per_batch: int = 8) -> Iterator[Batch]:
+        """Tokens to run in rows of about `width`, the trees of a row side by side."""
+        tree_N = self.branch_N // BRANCHES
         sizes = torch.bincount(tree_N[run_N])
         row_of_tree = torch.full((self.n_trees,), -1)
         row, room = -1, 0
@@ -59,68 +81,69 @@ class Forest:
             room -= size
         row_N = row_of_tree[tree_N]
         for start in range(0, row + 1, per_batch):
-            batch = range(start, min(start + per_batch, row + 1))
-            lists = ([(among_N & (row_N == r)).nonzero().squeeze(1) for r in batch]
+            rows = range(start, min(start + per_batch, row + 1))
+            lists = ([(among_N & (row_N == r)).nonzero().squeeze(1) for r in rows]
                      for among_N in (run_N, ~run_N))
-            yield tuple(nn.utils.rnn.pad_sequence(indices, batch_first=True, padding_value=-1)
-                        for indices in lists)
+            yield Batch(*(nn.utils.rnn.pad_sequence(indices, batch_first=True, padding_value=-1)
+                          for indices in lists))
 
-    def layout(self, index_RT: Tensor, rest_RP: Tensor) -> dict[str, Tensor]:
+    def layout(self, batch: Batch) -> dict[str, Tensor]:
         """What is added to attention scores [R, 1, T, P + T], nothing for own branch and its
         prompt, and positions [R, T]."""
-        seen_RK = torch.cat([rest_RP, index_RT], 1)
-        branch, other = (self.branch_N[i].where(i >= 0, -1) for i in (index_RT, seen_RK))
-        place = self.place_N[index_RT]
+        seen_RK = torch.cat([batch.rest_RP, batch.run_RT], 1)
+        branch, other = (self.branch_N[i].where(i >= 0, -1) for i in (batch.run_RT, seen_RK))
+        place = self.place_N[batch.run_RT]
         sees = (branch[:, :, None] == other[:, None]) | (
-            (branch // 5 * 5)[:, :, None] == other[:, None])
+            (branch // BRANCHES * BRANCHES)[:, :, None] == other[:, None])
         sees &= place[:, :, None] >= self.place_N[seen_RK][:, None]
         dtype = self.x_ND.dtype
         hidden = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, torch.finfo(dtype).min)
         return {"attention_mask": hidden[:, None], "position_ids": place}
 
-    def run(self, lm: HookedLM, x_ND: Tensor, run_N: Tensor) -> Iterator[tuple]:
-        """Some tokens from the hook on, in parts: flat indices [n], last hidden states [n, D],
-        and keys and values by block."""
-        for index_RT, rest_RP in self.rows(run_N):
+    def run(self, lm: LanguageModel, x_ND: Tensor, run_N: Tensor) -> Iterator[Ran]:
+        """Some tokens from the hook on, a batch at a time."""
+        for batch in self.batches(run_N):
             past = transformers.DynamicCache()
             for block, pair in self.memory.items():
-                past.update(*(part[rest_RP].transpose(1, 2) for part in pair), block)
-            h_RTD = lm.final(self.token_N[index_RT], x_ND[index_RT],
-                             self.layout(index_RT, rest_RP), past)
-            real, P = index_RT >= 0, rest_RP.shape[1]
-            yield index_RT[real], h_RTD[real], {
-                block: [part[:, :, P:].transpose(1, 2)[real] for part in (kept.keys, kept.values)]
-                for block, kept in enumerate(past.layers) if block > lm.layer}
+                past.update(*(part[batch.rest_RP].transpose(1, 2) for part in pair), block)
+            h_RTD = lm.final(self.token_N[batch.run_RT], x_ND[batch.run_RT], self.layout(batch),
+                             past)
+            real, P = batch.run_RT >= 0, batch.rest_RP.shape[1]
+            yield Ran(batch.run_RT[real], h_RTD[real], {
+                block: tuple(part[:, :, P:].transpose(1, 2)[real]
+                             for part in (kept.keys, kept.values))
+                for block, kept in enumerate(past.layers) if block > lm.layer})
 
-    def remember_(self, lm: HookedLM) -> None:
-        for index, _, pairs in self.run(lm, self.x_ND, torch.ones_like(self.token_N, dtype=bool)):
-            for block, pair in pairs.items():
+    def remember_(self, lm: LanguageModel) -> None:
+        """Keep the unmodified keys and values of all tokens."""
+        for ran in self.run(lm, self.x_ND, torch.ones_like(self.token_N, dtype=torch.bool)):
+            for block, pair in ran.memory.items():
                 if block not in self.memory:
                     shape = (len(self.token_N), *pair[0].shape[1:])
                     self.memory[block] = tuple(part.new_empty(shape) for part in pair)
                 for whole, part in zip(self.memory[block], pair):
-                    whole[index] = part
+                    whole[ran.index_n] = part
 
-    def log_probs(self, lm: HookedLM, x_ND: Tensor, touched_N: Tensor) -> Tensor:
+    def log_probs(self, lm: LanguageModel, x_ND: Tensor, touched_N: Tensor) -> Tensor:
         """Log-probability in nats of every target [S] when the residuals are `x_ND`, which differ
         from the unmodified ones at most where `touched_N`; only what sees these is run."""
         reached_N = self.reached(touched_N)
         if not (self.memory or reached_N.all()):
             self.remember_(lm)
         h_ND = torch.empty(x_ND.shape, dtype=x_ND.dtype, device=lm.device)
-        for index, h, _ in self.run(lm, x_ND, reached_N):
-            h_ND[index] = h
+        for ran in self.run(lm, x_ND, reached_N):
+            h_ND[ran.index_n] = ran.h_nD
         due = reached_N[self.before_S].nonzero().squeeze(1)
         before, row = self.before_S[due].unique(return_inverse=True)
         result = self.base_S.clone()
-        result[due] = lm.log_probs(h_ND[before], row, self.target_S[due])
+        result[due] = log_probs(lm, h_ND[before], row, self.target_S[due])
         return result
 
 
 @dataclass
-class Questions(Forest):
+class Questions(PromptTrees):
     """Four-way cloze questions. Each is two trees: its prompt, and the empty prompt for the
-    unconditional scores, both with the four options as branches; an option's last token is scored
+    unconditional scores, both with the four options as branches. An option's last token is scored
     and never run."""
 
     answer_Q: Tensor
@@ -129,15 +152,21 @@ class Questions(Forest):
     def __len__(self) -> int:
         return len(self.answer_Q)
 
+    @property
+    def owner_N(self) -> Tensor:
+        """Which question a token is of."""
+        return self.branch_N // (2 * BRANCHES)
+
     @classmethod
-    def from_text(cls, questions: list[tuple[Question, int]], lm: HookedLM) -> "Questions":
+    def from_text(cls, questions: list[tuple[Question, int]], lm: LanguageModel) -> "Questions":
         """Tokenise and lay out (question, domain) pairs, read residuals, answer unmodified."""
         read: list[tuple[int, int, int]] = []  # token, branch, place
         scored: list[tuple[int, int, int]] = []  # token, branch, before
         for q, (question, _) in enumerate(questions):
             options = lm.tokenize([" " + text.strip() for text in question.options])
             for tree, prompt in enumerate((question.prompt, question.empty)):
-                root, ids = 10 * q + 5 * tree, [lm.separator, *lm.tokenize([prompt])[0][-160:]]
+                root = BRANCHES * (2 * q + tree)
+                ids = [lm.separator, *lm.tokenize([prompt])[0][-160:]]
                 read += [(token, root, place) for place, token in enumerate(ids)]
                 last = len(read) - 1
                 for branch, option in enumerate((option[:40] for option in options), root + 1):
@@ -145,7 +174,7 @@ class Questions(Forest):
                     before = [last, *steps[1:]]
                     scored += [(token, branch, i) for token, i in zip(option, before)]
                     read += [(token, branch, len(ids) + i) for i, token in enumerate(option[:-1])]
-        forest = cls(
+        laid_out = cls(
             *torch.tensor(read, dtype=torch.long).view(-1, 3).T.contiguous(),
             *torch.tensor(scored, dtype=torch.long).view(-1, 3).T.contiguous(),
             torch.zeros(len(read), lm.d_in, dtype=lm.head.weight.dtype),
@@ -153,18 +182,22 @@ class Questions(Forest):
             torch.tensor([question.answer for question, _ in questions], dtype=torch.long),
             torch.tensor([domain for _, domain in questions], dtype=torch.long),
         )
-        everything = torch.ones(len(read), dtype=torch.bool)
-        for index_RT, rest_RP in forest.rows(everything):
-            layout = forest.layout(index_RT, rest_RP)
-            x_RTD, real = lm.residual(forest.token_N[index_RT], layout).cpu(), index_RT >= 0
-            forest.x_ND[index_RT[real]] = x_RTD[real]
-        forest.base_S = forest.log_probs(lm, forest.x_ND, everything)
-        return forest
+        laid_out.read_(lm)
+        return laid_out
+
+    def read_(self, lm: LanguageModel) -> None:
+        """Residuals and unmodified log-probabilities."""
+        everything = torch.ones(len(self.token_N), dtype=torch.bool)
+        for batch in self.batches(everything):
+            x_RTD, real = lm.residual(self.token_N[batch.run_RT], self.layout(batch)).cpu(), (
+                batch.run_RT >= 0)
+            self.x_ND[batch.run_RT[real]] = x_RTD[real]
+        self.base_S = self.log_probs(lm, self.x_ND, everything)
 
     def scores(self, log_prob_S: Tensor) -> Tensor:
         """Conditional minus unconditional log-probability of each option in nats, [Q, 4]."""
-        branch_B = torch.zeros(10 * len(self)).index_add_(0, self.branch_S, log_prob_S)
-        given, anyway = branch_B.view(-1, 2, 5)[:, :, 1:].unbind(1)
+        total_B = torch.zeros(2 * BRANCHES * len(self)).index_add_(0, self.branch_S, log_prob_S)
+        given, anyway = total_B.view(-1, 2, BRANCHES)[:, :, 1:].unbind(1)
         return given - anyway
 
     def right(self, log_prob_S: Tensor) -> Tensor:

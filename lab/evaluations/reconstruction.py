@@ -5,40 +5,106 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CustomSAE = Any
+from lab.evaluations.heldout import HeldOut
+from lab.language_model import losses
+from lab.sparse import ExportedSAE
+from lab.substrates.texts import FORGET, OTHER, RETAIN
+
+DUPLICATE_COSINE = 0.9  # two features this close count as duplicates
+SERVES_ONE = 0.9  # part of a feature's use from which it counts as of that domain
+
+
+def evaluate_reconstruction(sae: ExportedSAE, heldout: HeldOut, use_KF: Tensor) -> dict[str, Any]:
+    """What is preserved of held-out text of both domains in equal parts; sinks stay as they are.
+
+    ce_score = (CE_zero − CE_sae)/(CE_zero − CE_unmodified): 1 where splicing the SAE in changes
+    nothing, 0 where it is as bad as zeros (SAEBench core). `use_KF`: mean activations of features
+    by domain on learn text.
+    """
+    named = heldout.domain_R != OTHER
+    rows = heldout["rows"][named]
+    x, keep = heldout["x"][rows], heldout["keep"][rows]
+    spliced = torch.where(keep[..., None], sae.reconstruct(x.float()).to(x.dtype), x)
+    ce_sae = losses(heldout.substrate.lm, heldout["tokens"][rows], spliced)
+    ce, zero, base = (float(part.double().mean())
+                      for part in (ce_sae, heldout["zero"][named], heldout["base"][named]))
+    return {**reconstruction_metrics(sae, heldout.residuals()), **decoder_metrics(sae, use_KF),
+            "ce_sae": ce, "ce_zero": zero, "ce_base": base,
+            "ce_score": (zero - ce) / (zero - base) if zero != base else None}
 
 
 @torch.no_grad()
-def reconstruction_metrics(sae: CustomSAE, z_ND: Tensor, chunk: int = 4096) -> dict[str, Any]:
+def reconstruction_metrics(sae: ExportedSAE, x_ND: Tensor, chunk: int = 4096) -> dict[str, Any]:
     """SAEBench core's reconstruction and sparsity metrics, sums over the whole sample in float64.
 
-    explained_variance = 1 − E‖z − ẑ‖²/(E‖z‖² − ‖E z‖²) (higher is better, 1 is perfect, 0 is what
-    the mean gives; SAEBench 0.6.0 averages ratios over batches, which is wrong). cosine and
-    l2_ratio are best at 1; l0 is active features and l1 summed activation a token. frac_alive is
-    the share of features that fire at least once in the sample, which depends on its size.
+    explained_variance = 1 − E‖x − x̂‖²/(E‖x‖² − ‖E x‖²): higher is better, 1 is perfect, 0 is what
+    the mean gives. mse is E‖x − x̂‖² and l1 the summed activation a token, both in raw units; l0 is
+    active features a token; cosine and l2_ratio are best at 1. frac_alive is the share of features
+    that fire in the sample, whose size is `tokens`.
     """
     sums = dict.fromkeys(("error", "square", "l0", "l1", "cosine", "ratio"), 0.0)
-    mean_D = torch.zeros(z_ND.shape[1], dtype=torch.float64)
+    mean_D = torch.zeros(x_ND.shape[1], dtype=torch.float64)
     fired_F = torch.zeros(sae.d_sae)
-    for z in z_ND.split(chunk):
-        code = sae.sparse_code(z)
-        z_hat = code.z_hat_BD
-        sums["error"] += float((z - z_hat).double().square().sum())
-        sums["square"] += float(z.double().square().sum())
-        mean_D += z.double().sum(0)
+    for x in x_ND.split(chunk):
+        code = sae.code(x)
+        x_hat = code.z_hat_BD
+        sums["error"] += float((x - x_hat).double().square().sum())
+        sums["square"] += float(x.double().square().sum())
+        mean_D += x.double().sum(0)
         sums["l0"] += len(code.value_N)
         sums["l1"] += float(code.value_N.double().sum())
-        sums["cosine"] += float(nn.functional.cosine_similarity(z, z_hat, dim=1).double().sum())
-        sums["ratio"] += float((z_hat.norm(dim=1) / z.norm(dim=1).clamp(min=1e-9)).double().sum())
+        sums["cosine"] += float(nn.functional.cosine_similarity(x, x_hat, dim=1).double().sum())
+        sums["ratio"] += float((x_hat.norm(dim=1) / x.norm(dim=1).clamp(min=1e-9)).double().sum())
         fired_F += torch.bincount(code.column_N, minlength=sae.d_sae)
-    n = len(z_ND)
+    n = len(x_ND)
     variance = sums["square"] / n - float((mean_D / n).square().sum())
     rate_F = fired_F / n
     return {
-        "l0": sums["l0"] / n, "l1": sums["l1"] / n, "mse": sums["error"] / n,
+        "tokens": n, "l0": sums["l0"] / n, "l1": sums["l1"] / n, "mse": sums["error"] / n,
         "explained_variance": 1 - sums["error"] / n / variance if variance > 0 else None,
         "cosine": sums["cosine"] / n, "l2_ratio": sums["ratio"] / n,
         "frac_alive": float((rate_F > 0).float().mean()),
         "freq_over_1_percent": float((rate_F > 0.01).float().mean()),
         "freq_over_10_percent": float((rate_F > 0.1).float().mean()),
     }
+
+
+@torch.no_grad()
+def decoder_metrics(sae: ExportedSAE, use_KF: Tensor) -> dict[str, Any]:
+    """How far apart features are, by counting and by measures that no experiment changes.
+
+    max_decoder_cosine: mean over features of the largest cosine with another one. l_dir: frame
+    potential of the decoder without its diagonal, D/F² Σ_{i≠j} (w_i·w_j)², with its floor 1 − D/F.
+    l_use: mean Gini impurity of the domains that a unit of activation serves. Lower is better.
+    duplicates: pairs of cosine > 0.9 that serve different domains: general features split into
+    two copies.
+    """
+    W_FD = nn.functional.normalize(sae.W_dec, dim=1)
+    F, D = W_FD.shape
+    share_KF = use_KF / use_KF.sum(1, keepdim=True).clamp(min=1e-12)
+    total_F = share_KF.sum(0)
+    biology, other = ((share_KF[k] > SERVES_ONE * total_F) & (total_F > 0)
+                      for k in (FORGET, RETAIN))
+    largest, duplicates = [], 0
+    for start in range(0, F, 1024):
+        cosine = W_FD[start : start + 1024] @ W_FD.T
+        cosine.diagonal(start).fill_(-1)
+        largest.append(cosine.max(dim=1).values)
+        close = cosine[biology[start : start + 1024]][:, other] > DUPLICATE_COSINE
+        duplicates += int(close.sum())
+    return {
+        "max_decoder_cosine": float(torch.cat(largest).mean()),
+        "l_dir": float(((W_FD.T @ W_FD).square().sum() - W_FD.square().sum(1).square().sum())
+                       * (D / F**2)),
+        "l_dir_floor": 1 - D / F, "l_use": impurity(use_KF), "duplicates": duplicates,
+        "forget_features": int(biology.sum()),
+    }
+
+
+def impurity(use_KF: Tensor) -> float:
+    """Σ_i u_i K/(K − 1) (1 − Σ_k p_ki²), u_i a feature's part of all use, p_ki of its own."""
+    total_F = use_KF.sum(0)
+    part_KF = use_KF / total_F.clamp(min=1e-12)
+    K = len(use_KF)
+    gini_F = (1 - part_KF.square().sum(0)) * K / (K - 1)
+    return float((total_F / total_F.sum().clamp(min=1e-12) * gini_F).sum())

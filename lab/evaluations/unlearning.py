@@ -1,7 +1,7 @@
 """Unlearning: what clamping features takes from the forget domain, and at what cost elsewhere."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,20 +9,25 @@ import torch
 from torch import Tensor
 
 from lab.console import progress
-from lab.evaluations.prompt_trees import Forest
-from lab.results.statistics import concave_envelope, frontier_area
+from lab.evaluations.heldout import HeldOut
+from lab.evaluations.prompt_trees import PromptTrees
+from lab.results.statistics import (
+    RETAINED,
+    accuracy_area,
+    concave_envelope,
+    interval,
+    official_score,
+    resampled,
+    unlearning_area,
+)
+from lab.sparse import ExportedSAE
 from lab.storage import randomness
 from lab.substrates.texts import DOMAINS, FORGET, OTHER, RETAIN
 
-ActivationBuffer = Material = TrainedSAE = Any
-
-
-THRESHOLDS = (0.001, 0.01)  # unlearning: largest firing frequency on retain text
-SET_SIZES = (10, 20)  # unlearning: features clamped
-MULTIPLIERS = (0.5, 2.0, 8.0, 32.0)  # unlearning: clamp value, in mean activations of the feature
-RETAIN_BUDGETS = (0.01, 0.05, 0.1)  # nats of retain cross-entropy
-FRONTIER_END = 0.3  # nats of retain cross-entropy up to which the frontier's area is taken
-RETAINED = 0.95  # retain accuracy below which a setting counts as too costly for questions
+THRESHOLDS = (0.001, 0.01)  # largest firing frequency on retain text of what may be clamped
+SET_SIZES = (10, 20)  # features clamped
+MULTIPLIERS = (0.5, 2.0, 8.0, 32.0)  # clamp value, in mean activations of the feature
+COSTS = (0.01, 0.05, 0.1)  # nats at which the frontier is reported
 
 
 class FeatureStatistics(NamedTuple):
@@ -33,15 +38,13 @@ class FeatureStatistics(NamedTuple):
     size_F: Tensor  # mean activation on the forget tokens on which it fires
 
 
-@torch.no_grad()
-def feature_statistics(trained: TrainedSAE, buffer: ActivationBuffer,
-                       tokens: int) -> FeatureStatistics:
+def feature_statistics(sae: ExportedSAE, samples: Sequence[Tensor]) -> FeatureStatistics:
+    """From raw residuals [N, D] of forget and of retain text."""
     rates, uses = [], []
-    for domain in (FORGET, RETAIN):
-        sample = buffer.sample(domain, tokens)
-        fired, total = torch.zeros(2, trained.sae.d_sae)
-        for z in sample.split(4096):
-            code = trained.sae.sparse_code(z)
+    for sample in samples:
+        fired, total = torch.zeros(2, sae.d_sae)
+        for x in sample.split(4096):
+            code = sae.code(x)
             fired += torch.bincount(code.column_N, minlength=len(fired))
             total.index_add_(0, code.column_N, code.value_N)
         rates.append(fired / len(sample))
@@ -70,18 +73,22 @@ def matched_features(rate_KF: Tensor, chosen: Tensor, seed: int) -> Tensor:
     return torch.tensor(picks, dtype=torch.long)
 
 
-@torch.no_grad()
-def clamp(trained: TrainedSAE, features: Tensor, targets: Tensor, x: Tensor,
-          keep: Tensor) -> Tensor:
-    """Residuals x [..., D] after setting each chosen feature to its target wherever it is active.
+class Clamp(NamedTuple):
+    """Features, and the value that each is set to wherever it is active, in raw units."""
 
-    Other features and the SAE's error stay: x' = x + scale · Σ_j (target_j − f_j) w_j over active
-    chosen j. Where none is active, and at sinks, x' is x to the last bit.
-    """
-    f = torch.relu((x.float() / trained.scale - trained.sae.b_dec) @ trained.sae.W_enc[:, features]
-                   + trained.sae.b_enc[features]) * keep[..., None]
-    change = (targets - f).where(f > 0, 0.0) @ trained.sae.W_dec[features] * trained.scale
-    return torch.where((f > 0).any(-1, keepdim=True), (x.float() + change).to(x.dtype), x)
+    features: Tensor
+    targets: Tensor
+
+    @torch.no_grad()
+    def of(self, sae: ExportedSAE, x: Tensor, keep: Tensor) -> Tensor:
+        """Residuals x [..., D] under the clamp: x' = x + Σ_j (target_j − f_j) w_j over active j.
+
+        Other features and the SAE's error stay. Where none is active, and at sinks (not `keep`),
+        x' is x to the last bit.
+        """
+        f = sae.encode(x.float(), self.features) * keep[..., None]
+        change = (self.targets - f).where(f > 0, 0.0) @ sae.W_dec[self.features]
+        return torch.where((f > 0).any(-1, keepdim=True), (x.float() + change).to(x.dtype), x)
 
 
 class Effect(NamedTuple):
@@ -92,84 +99,55 @@ class Effect(NamedTuple):
     asked: bool  # False: asking ended early, the setting costs too much
 
 
-def apply_setting(trained: TrainedSAE, material: Material, features: Tensor, targets: Tensor,
-                  ask: bool) -> Effect:
-    """Clamp and measure. What sees no changed residual keeps its baseline, which is exact. Retain
-    questions come first, the ones answered by the least margin before the others, and asking ends
-    as soon as more answers are lost than any summary admits."""
+def rises(sae: ExportedSAE, heldout: HeldOut, clamp: Clamp) -> Tensor:
+    """Rise of cross-entropy of each frontier context [R], in nats a token."""
+    frontier = heldout.frontier
+    log_prob_S = frontier.log_probs(heldout.substrate.lm, *clamped(sae, heldout, clamp, frontier))
+    return (frontier.base_S - log_prob_S).view(len(heldout["rows"]), -1).mean(1)
 
-    def clamped(forest: Forest) -> tuple[Tensor, Tensor]:
-        keep_N = forest.x_ND.float().norm(dim=-1) < material.sink_norm
-        x_ND = clamp(trained, features, targets, forest.x_ND, keep_N)
-        return x_ND, (x_ND != forest.x_ND).any(-1)
 
-    frontier, n = material.frontier, len(material.heldout["rows"])
-    log_prob_S = frontier.log_probs(material.lm, *clamped(frontier))
-    rise_R = (frontier.base_S - log_prob_S).view(n, -1).mean(1)
-    if not ask:
-        return Effect(rise_R, torch.ones(0, dtype=torch.bool), False)
-    questions = material.questions[0]
-    x_ND, touched_N = clamped(questions)
+def clamped(sae: ExportedSAE, heldout: HeldOut, clamp: Clamp,
+            trees: PromptTrees) -> tuple[Tensor, Tensor]:
+    """Residuals under the clamp, and which tokens' differ. What sees none of these keeps its
+    unmodified output, which is exact."""
+    x_ND = clamp.of(sae, trees.x_ND, heldout.substrate.is_plain(trees.x_ND))
+    return x_ND, (x_ND != trees.x_ND).any(-1)
+
+
+def answers(sae: ExportedSAE, heldout: HeldOut, clamp: Clamp) -> tuple[Tensor, bool]:
+    """Right answers [Q], and whether all was asked.
+
+    Retain questions come first, the ones answered by the least margin before the others. Asking
+    ends as soon as more answers are lost than any summary admits.
+    """
+    questions, _ = heldout.asked
+    x_ND, touched_N = clamped(sae, heldout, clamp, questions)
     right_Q = torch.ones(len(questions), dtype=torch.bool)  # the filter's meaning
-    order, owner_N = questions.margins().argsort(), questions.branch_N // 10
+    order, owner_N = questions.margins().argsort(), questions.owner_N
     most_lost = (1 - RETAINED) * int((questions.domain_Q == RETAIN).sum())
     for domain, at_once in ((RETAIN, 20), (FORGET, len(questions))):
-        for part in order[questions.domain_Q[order] == domain].split(at_once):
+        for part in order[questions.domain_Q[order] == domain].split(max(1, at_once)):
             here_N = touched_N & torch.isin(owner_N, part)
-            log_prob_S = questions.log_probs(material.lm, x_ND, here_N)
+            log_prob_S = questions.log_probs(heldout.substrate.lm, x_ND, here_N)
             right_Q[part] = questions.right(log_prob_S)[part]
             if int((~right_Q[questions.domain_Q == RETAIN]).sum()) > most_lost:
-                return Effect(rise_R, right_Q, False)
-    return Effect(rise_R, right_Q, True)
+                return right_Q, False
+    return right_Q, True
 
 
-def bootstrap(statistic: Callable[..., float], *samples: np.ndarray,
-              repeats: int = 200) -> list[float]:
-    """95 % interval of a statistic of samples whose columns (texts, questions) are resampled."""
-    rng = np.random.default_rng(0)
-    values = [statistic(*(part[:, rng.integers(0, part.shape[1], part.shape[1])]
-                          for part in samples)) for _ in range(repeats)]
-    return [float(v) for v in np.quantile(values, (0.025, 0.975))]
-
-
-def unlearning_area(forget_SR: np.ndarray, retain_SR: np.ndarray,
-                    other_SR: np.ndarray | None = None) -> float:
-    """Area under the frontier of forget rises against the larger of the two retain rises, in
-    nats, from cross-entropy rises by setting and context."""
-    cost = retain_SR.mean(1)
-    if other_SR is not None and other_SR.shape[1]:
-        cost = np.maximum(cost, other_SR.mean(1))
-    return frontier_area(cost, forget_SR.mean(1), FRONTIER_END)
-
-
-def official_score(forget_SQ: np.ndarray, retain_SQ: np.ndarray) -> float:
-    """1 − the least forget accuracy among settings with retain accuracy ≥ 0.99; 0 if none."""
-    allowed = forget_SQ.mean(1)[retain_SQ.mean(1) >= 0.99]
-    return float(1 - allowed.min()) if len(allowed) else 0.0
-
-
-def accuracy_area(forget_SQ: np.ndarray, retain_SQ: np.ndarray) -> float:
-    """Area under the frontier of forget accuracy lost against retain accuracy lost."""
-    lost = 1 - retain_SQ.mean(1)
-    return frontier_area(lost, 1 - forget_SQ.mean(1), 1 - RETAINED)
-
-
-def evaluate_unlearning(trained: TrainedSAE, material: Material, statistics: FeatureStatistics,
+def evaluate_unlearning(sae: ExportedSAE, heldout: HeldOut, statistics: FeatureStatistics,
                         seed: int) -> dict[str, Any]:
     """How much of the forget domain goes when its features are clamped, at which cost elsewhere.
 
-    Settings: 2 thresholds × 2 set sizes × multipliers; a chosen feature that is active is set to
-    −multiplier times its mean activation on the forget tokens on which it fires. Primary
-    number: `area` (nats, higher is better), the mean over costs from 0 to FRONTIER_END of the
-    largest forget cross-entropy rise on the concave envelope. A setting's cost is the larger of
-    the rises on retain text and on a third text: telling the two labelled texts apart by anything
-    but their subject must not pay. (`area_labelled` counts retain text alone.) It is continuous
-    where the official `score` (1 − least forget accuracy at retain accuracy ≥ 0.99) is coarse.
-    Questions are those that the unmodified model answers; `accuracy_area` is the same area for
-    accuracies up to 5 % retain loss, over the settings that keep 95 %; at others accuracies are
-    null, since asking ends as soon as more is lost. Limits: cross-entropy on text may rise
-    because output is disturbed rather than because knowledge is gone; questions are the
-    check on that.
+    Settings: 2 thresholds × 2 set sizes × multipliers. A chosen feature that is active is set to
+    −multiplier times its mean activation on the forget tokens on which it fires. Primary number:
+    `area` in nats, higher is better: the largest forget cross-entropy rise on the concave envelope,
+    averaged over costs from 0 to FRONTIER_END. A setting's cost is the larger of the rises on
+    retain text and on a third text: telling the two labelled texts apart by anything but their
+    subject must not pay. `area_labelled` counts retain text alone. `score` is SAEBench's, and
+    coarse. `accuracy_area` is the area of question accuracies, over settings that keep 95 % of the
+    retain answers; at others accuracies are null. Limit: cross-entropy may rise because output is
+    disturbed rather than because knowledge is gone. The questions are the check on that.
     """
     settings, effects = [], []
     for threshold in THRESHOLDS:
@@ -179,69 +157,71 @@ def evaluate_unlearning(trained: TrainedSAE, material: Material, statistics: Fea
                 settings.append(dict(threshold=threshold, n_features=size, multiplier=multiplier,
                                      n_selected=len(features), features=features))
     done: dict[tuple, Effect] = {}
-    for setting in progress(settings, "unlearning"):
+    for setting in progress(settings, "unlearning settings"):
         features = setting.pop("features")
         key = (*features.tolist(), setting["multiplier"])
         if key not in done:
-            targets = -setting["multiplier"] * statistics.size_F[features]
-            done[key] = apply_setting(trained, material, features, targets, ask=True)
+            clamp = Clamp(features, -setting["multiplier"] * statistics.size_F[features])
+            done[key] = Effect(rises(sae, heldout, clamp), *answers(sae, heldout, clamp))
         effects.append(done[key])
-    control = control_effects(trained, material, statistics, seed)
-    return {**summarize_unlearning(settings, effects, material), "control": control,
+    return {**summarize_unlearning(settings, effects, heldout),
+            "control": control_effects(sae, heldout, statistics, seed),
             "selected": {str(t): select_features(statistics.rate_KF, t, max(SET_SIZES)).tolist()
                          for t in THRESHOLDS}}
 
 
-def control_effects(trained: TrainedSAE, material: Material, statistics: FeatureStatistics,
+def control_effects(sae: ExportedSAE, heldout: HeldOut, statistics: FeatureStatistics,
                     seed: int) -> list[dict[str, Any]]:
     """The largest set replaced by random features of matched frequency: what any damage costs."""
     chosen = select_features(statistics.rate_KF, max(THRESHOLDS), max(SET_SIZES))
     features = matched_features(statistics.rate_KF, chosen, seed)
     rows = []
     for multiplier in MULTIPLIERS[:2]:
-        targets = -multiplier * statistics.size_F[features]
-        effect = apply_setting(trained, material, features, targets, ask=False)
-        domain_R = material.heldout["domain"][material.heldout["rows"]]
+        rise_R = rises(sae, heldout, Clamp(features, -multiplier * statistics.size_F[features]))
         rows.append({"threshold": None, "n_features": max(SET_SIZES), "multiplier": multiplier,
                      "n_selected": len(features),
-                     **{f"{name}_ce_rise": float(effect.rise_R[domain_R == k].mean())
+                     **{f"{name}_ce_rise": float(rise_R[heldout.domain_R == k].mean())
                         for k, name in enumerate(DOMAINS)}})
     return rows
 
 
-def summarize_unlearning(settings: list[dict], effects: list[Effect], material: Material) -> dict:
+def summarize_unlearning(settings: list[dict], effects: list[Effect],
+                         heldout: HeldOut) -> dict[str, Any]:
     """Settings with their means, the areas and the score with bootstrap intervals, and samples."""
-    questions, counts = material.questions
-    rises = np.stack([effect.rise_R.numpy() for effect in effects])
-    domain_R = material.heldout["domain"][material.heldout["rows"]].numpy()
-    texts = [rises[:, domain_R == k] for k in range(len(DOMAINS))]
+    questions, counts = heldout.asked
+    rise_SR = np.stack([effect.rise_R.numpy() for effect in effects])
+    texts = [rise_SR[:, heldout.domain_R.numpy() == k] for k in range(len(DOMAINS))]
     right_SQ = np.stack([effect.right_Q.numpy() for effect in effects])
-    answers = [right_SQ[:, questions.domain_Q.numpy() == k] for k in (FORGET, RETAIN)]
-    enough = min(part.shape[1] for part in answers) >= 1
+    replies = [right_SQ[:, questions.domain_Q.numpy() == k] for k in (FORGET, RETAIN)]
+    enough = min(part.shape[1] for part in replies) >= 1
     for i, setting in enumerate(settings):
         asked = enough and effects[i].asked
         setting |= {f"{name}_accuracy": float(part[i].mean()) if asked else None
-                    for name, part in zip(DOMAINS, answers)}
+                    for name, part in zip(DOMAINS, replies)}
         setting |= {f"{name}_ce_rise": float(part[i].mean()) if part.shape[1] else None
                     for name, part in zip(DOMAINS, texts)}
-    result: dict[str, Any] = {"settings": settings, "counts": counts,
-                              **{f"n_{name}_questions": part.shape[1]
-                                 for name, part in zip(DOMAINS, answers)}}
+    return {"settings": settings, "counts": counts,
+            **{f"n_{name}_questions": part.shape[1] for name, part in zip(DOMAINS, replies)},
+            **areas(texts, replies),
+            "score_reason": None if enough else "no question of a domain survives the filter",
+            "samples": {
+                **{f"{name}_rise": np.round(part, 4).tolist()
+                   for name, part in zip(DOMAINS, texts)},
+                **{f"{name}_right": ["".join("01"[int(v)] for v in row) for row in part]
+                   for name, part in zip(DOMAINS, replies)}}}
+
+
+def areas(texts: list[np.ndarray], replies: list[np.ndarray]) -> dict[str, Any]:
+    """Summary numbers with 95 % intervals over texts or questions, and the frontier at COSTS."""
     usable = texts if texts[OTHER].shape[1] else texts[:OTHER]
+    result: dict[str, Any] = {}
     for name, statistic, samples in (("area", unlearning_area, usable),
                                      ("area_labelled", unlearning_area, texts[:OTHER]),
-                                     ("accuracy_area", accuracy_area, answers),
-                                     ("score", official_score, answers)):
+                                     ("accuracy_area", accuracy_area, replies),
+                                     ("score", official_score, replies)):
         sound = all(part.shape[1] for part in samples)
         result[name] = statistic(*samples) if sound else None
-        result[f"{name}_interval"] = bootstrap(statistic, *samples) if sound else None
-    result["score_reason"] = None if enough else "no question of a domain survives the filter"
+        result[f"{name}_interval"] = interval(resampled(statistic, *samples)) if sound else None
     cost = np.max([part.mean(1) for part in usable[1:]], axis=0)
-    for budget in RETAIN_BUDGETS:
-        rise = concave_envelope(cost, texts[FORGET].mean(1), np.array([budget]))
-        result[f"forget_rise_at_{budget}"] = float(rise[0])
-    result["samples"] = {
-        **{f"{name}_rise": np.round(part, 4).tolist() for name, part in zip(DOMAINS, texts)},
-        **{f"{name}_right": ["".join("01"[int(v)] for v in row) for row in part]
-           for name, part in zip(DOMAINS, answers)}}
-    return result
+    gain = concave_envelope(cost, texts[FORGET].mean(1), np.array(COSTS))
+    return {**result, **{f"forget_rise_at_{at}": float(rise) for at, rise in zip(COSTS, gain)}}

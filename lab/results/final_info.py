@@ -1,14 +1,16 @@
 """final_info.json: what a finished run holds, and how it compares with others."""
 
 import contextlib
-import hashlib
+import importlib.metadata
 import json
 import math
 import platform
 import re
+import resource
 import sys
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,100 +18,89 @@ import numpy as np
 import scipy.stats
 import torch
 
-from lab.console import say
+from lab.console import Clock, UserError, report
+from lab.evaluations import Results
 from lab.evaluations.probing import K_VALUES
-from lab.evaluations.unlearning import (
-    RETAIN_BUDGETS,
+from lab.evaluations.unlearning import COSTS
+from lab.results.checksum import is_unaltered, result_checksum
+from lab.results.exports import SAE_LENS_VERSION, sae_cfg_dict
+from lab.results.statistics import (
     accuracy_area,
+    differences,
+    mean_stderr,
     official_score,
     unlearning_area,
 )
-from lab.results.exports import sae_cfg_dict
-from lab.storage import digest, to_json
+from lab.storage import digest, laboratory_digest
+from lab.substrates import Substrate
 from lab.substrates.texts import DOMAINS, OTHER
 
-CustomSAEConfig = Material = Any
+REFERENCES = ("run_7", "run_8")  # the fixed and the vanilla SAE, with which runs are compared
+Info = dict[str, Any]
 
 
-def result_checksum(info: dict[str, Any]) -> str:
-    """Over all but the times, so that equal results have equal checksums."""
-    times = ("timing", "datetime_epoch_millis", "sha256")
-    rest = {key: value for key, value in info.items() if key not in times}
-    return hashlib.sha256(to_json(rest).encode()).hexdigest()
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """final_info.json of a finished run; None, after one line that says so, if it was altered.
-
-    Results without a checksum are of an older version and must do with a look at their types.
-    """
+def read_result(folder: Path) -> Info | None:
+    """final_info.json of a finished run; None, after one line that says so, if it was altered."""
     path = folder / "final_info.json"
     needed = {"means": dict, "seeds": list, "config": dict, "budget": str, "substrate": str}
     try:
         info = json.loads(path.read_bytes())
-        known = all(isinstance(info[key], kind) for key, kind in needed.items())
-        if known and ("sha256" not in info or info["sha256"] == result_checksum(info)):
+        if all(isinstance(info[key], kind) for key, kind in needed.items()) and is_unaltered(info):
             return info
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, TypeError, LookupError, RecursionError):
         pass
-    say(f"{path} is damaged or was altered; it does not count")
+    report(f"{path} is damaged or was altered; it does not count")
     return None
 
 
-UNLEARNING_NUMBERS = ("area", "area_labelled", "score", "accuracy_area",
-                      *(f"forget_rise_at_{budget}" for budget in RETAIN_BUDGETS))
+def best_run(study: Path, candidates: Sequence[str], budget: str,
+             settings: Sequence[str]) -> dict[str, Any]:
+    """`settings` of the candidate in the folder `study` with the largest unlearning area.
+
+    Raises UserError naming candidates that are missing, or not comparable with each other.
+    """
+    results = {name: read_result(study / name) for name in candidates}
+    usable = {name: info for name, info in results.items()
+              if info and info["budget"] == budget
+              and all(isinstance(info["config"].get(key), int | float) for key in settings)}
+    if missing := [name for name in candidates if name not in usable]:
+        raise UserError(f"this run repeats the best of {candidates[0]} to {candidates[-1]} and "
+                        f"needs them finished at budget {budget!r} in {study.resolve()}; missing: "
+                        f"{', '.join(missing)}. Run those first.")
+    first = usable[candidates[0]]
+    for name, info in usable.items():
+        if unlike := differences(first, info):
+            raise UserError(f"{name} and {candidates[0]} in {study.resolve()} differ in "
+                            f"{', '.join(unlike)}; repeat the odd ones")
+    best = max(candidates, key=lambda name: usable[name]["means"].get("unlearning_area") or 0.0)
+    return {key: usable[best]["config"][key] for key in settings}
 
 
-def flat_metrics(parts: dict[str, dict[str, Any]]) -> dict[str, float | None]:
+def flat_metrics(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     """One seed's numbers under one name each."""
     flat = {key: value for key, value in parts["reconstruction"].items() if key != "tokens"}
     flat |= {key: value for key, value in parts["conditioning"].items() if np.isscalar(value)}
     flat |= {key: value for key, value in parts["sparse_probing"].items() if key != "details"}
-    for key in UNLEARNING_NUMBERS:
-        name = key if key.startswith(("forget", "accuracy")) else f"unlearning_{key}"
-        flat[name] = parts["unlearning"][key]
+    for key in ("area", "area_labelled", "score"):
+        flat[f"unlearning_{key}"] = parts["unlearning"][key]
+    for key in ("accuracy_area", *(f"forget_rise_at_{cost}" for cost in COSTS)):
+        flat[key] = parts["unlearning"][key]
     return flat
 
 
-def sae_bench_part(run: str, config: CustomSAEConfig, material: Material, means: dict,
-                   probing: list[dict], d_in: int) -> dict[str, Any]:
-    """The keys of SAEBench's sparse-probing output, as run_0 has them."""
-    substrate = material.substrate
-    names = [row["dataset_name"] for row in probing[0]["details"]]
-    details = []
-    for i, name in enumerate(names):
-        keys = [key for key in probing[0]["details"][i] if key != "dataset_name"]
-        values = {key: float(np.mean([p["details"][i][key] for p in probing])) for key in keys}
-        details.append({"dataset_name": name, **values, "llm_top_100_test_accuracy": None,
-                        "sae_top_100_test_accuracy": None})
-    metrics = {side: {f"{side}_{kind}test_accuracy": means.get(f"{side}_{kind}test_accuracy")
-                      for kind in ("", *(f"top_{k}_" for k in (*K_VALUES, 100)))}
-               for side in ("llm", "sae")}
-    return {
-        "eval_type_id": "sparse_probing",
-        "eval_config": {
-            "random_seed": 42, "dataset_names": [name.removesuffix("_results") for name in names],
-            "probe_train_set_size": config.probe_train, "probe_test_set_size": config.probe_test,
-            "context_length": config.context_length, "sae_batch_size": 125, "llm_batch_size": 32,
-            "llm_dtype": str(material.dtype).removeprefix("torch."),
-            "model_name": substrate.model_name, "k_values": list(K_VALUES),
-            "lower_vram_usage": False,
-        },
-        "eval_id": str(uuid.uuid5(uuid.NAMESPACE_OID, digest(run, config, substrate.fingerprint))),
-        "datetime_epoch_millis": int(time.time() * 1000),
-        "eval_result_metrics": metrics,
-        "eval_result_details": details,
-        "sae_bench_commit_hash": "none: computed by experiment.py",
-        "sae_lens_id": run, "sae_lens_release_id": f"{substrate.model_name}_{run}",
-        "sae_lens_version": "6.18.0",
-        "sae_cfg_dict": sae_cfg_dict(config, substrate, d_in),
-        "eval_result_unstructured": None,
-        "training_steps": config.steps, "final_loss": means.get("final_loss"),
-        "layer": substrate.layer, "dict_size": config.expansion * d_in,
-        "learning_rate": config.learning_rate, "sparsity_penalty": config.sparsity_penalty,
-    }
+def means_and_stderrs(rows: list[dict[str, float | None]]) -> tuple[dict, dict]:
+    """Over seeds, by metric. One that is missing for a seed has neither."""
+    means: dict[str, float | None] = {}
+    stderrs: dict[str, float | None] = {}
+    for name in rows[0]:
+        values = [row.get(name) for row in rows]
+        usable = all(value is not None and math.isfinite(value) for value in values)
+        mean, stderr = mean_stderr(values) if usable else (None, None)
+        means[name] = float(mean) if usable else None
+        stderrs[name] = float(stderr) if usable and len(values) > 1 else None
+    return means, stderrs
 
 
 SAMPLED = {  # metrics of texts or questions: the statistic, its units, and their domains
@@ -120,47 +111,66 @@ SAMPLED = {  # metrics of texts or questions: the statistic, its units, and thei
 }
 
 
-def compare(rows: list[dict], samples: list[dict], other: dict[str, Any]) -> dict[str, Any] | None:
+def comparisons(info: Info, study: Path) -> dict[str, Any]:
+    """Paired differences to the references that are finished beside this run and comparable."""
+    results: dict[str, Any] = {}
+    for reference in REFERENCES:
+        other = read_result(study / reference) if reference != info["run"] else None
+        if other and (unlike := differences(info, other)):
+            report(f"{reference} and {info['run']} differ in {', '.join(unlike)}; not compared")
+        elif other:
+            try:
+                results[reference] = compare(info, other)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                report(f"{reference} is of another version ({type(error).__name__}); not compared")
+    return {name: found for name, found in results.items() if found}
+
+
+def compare(info: Info, other: Info) -> dict[str, Any] | None:
     """Paired differences to a finished run with the same seeds: mean, standard error over seeds,
     95 % interval.
 
     Student's t over seeds (a bootstrap of three gives but their range). Where a metric is of texts
     or questions, which all seeds share, their sampling error is added: (t·σ_s)² + (1.96·σ_t)².
+    Without it (the two were not measured on the same ones) there is no interval.
     """
-    theirs = {row["seed"]: row for row in other["seeds"]}
+    rows, theirs = info["seeds"], {row["seed"]: row for row in other["seeds"]}
     if [row["seed"] for row in rows] != list(theirs):
         return None
+    samples = [[part["samples"] for part in side["unlearning"]["per_seed"]]
+               for side in (info, other)]
     result: dict[str, Any] = {}
-    their_samples = [part["samples"] for part in other["unlearning"]["per_seed"]]
     for name in rows[0]:
         pairs = [(row[name], theirs[row["seed"]].get(name)) for row in rows]
         if name == "seed" or any(value is None for pair in pairs for value in pair):
             continue
-        gaps = np.array([ours - their for ours, their in pairs])
-        found = result[name] = dict.fromkeys(("difference", "stderr", "low", "high"))
-        mean = found["difference"] = float(gaps.mean())
-        if len(gaps) > 1:
-            stderr = found["stderr"] = float(gaps.std(ddof=1) / math.sqrt(len(gaps)))
-            half = stderr * float(scipy.stats.t.ppf(0.975, len(gaps) - 1))
-            if name in SAMPLED:
-                half = math.hypot(half, 1.96 * sampling_error(name, samples, their_samples))
-            found |= {"low": mean - half, "high": mean + half}
+        mean, stderr = mean_stderr([ours - their for ours, their in pairs])
+        known = result[name] = {"difference": float(mean), "stderr": None, "low": None,
+                                "high": None}
+        if len(pairs) > 1:
+            known["stderr"] = float(stderr)
+            half = float(stderr) * float(scipy.stats.t.ppf(0.975, len(pairs) - 1))
+            error = sampling_error(name, *samples) if name in SAMPLED else 0.0
+            if error is not None:
+                half = math.hypot(half, 1.96 * error)
+                known |= {"low": float(mean) - half, "high": float(mean) + half}
     return result
 
 
-def sampling_error(name: str, ours: list[dict], theirs: list[dict], draws: int = 200) -> float:
+def sampling_error(name: str, ours: list[dict], theirs: list[dict],
+                   draws: int = 200) -> float | None:
     """Standard deviation of the mean paired difference when texts (or questions) are resampled,
-    the same ones for all SAEs; 0 when the two sides were not measured on the same number."""
+    the same ones for all SAEs. None where the two sides were not measured on equally many."""
     statistic, kind, domains = SAMPLED[name]
 
     def parts(sample: dict) -> list[np.ndarray]:
-        found = (np.array([list(map(float, row)) for row in sample[f"{domain}_{kind}"]])
-                 for domain in domains)
-        return [part for part in found if part.size]
+        tables = (np.array([list(map(float, row)) for row in sample[f"{domain}_{kind}"]])
+                  for domain in domains)
+        return [table for table in tables if table.size]
 
     sides = [[parts(sample) for sample in samples] for samples in (ours, theirs)]
     if len({tuple(part.shape[1] for part in one) for side in sides for one in side}) > 1:
-        return 0.0
+        return None
     rng = np.random.default_rng(0)
 
     def gap() -> float:
@@ -172,43 +182,91 @@ def sampling_error(name: str, ours: list[dict], theirs: list[dict], draws: int =
     return float(np.std([gap() for _ in range(draws)], ddof=1))
 
 
-def environment(material: Material) -> dict[str, Any]:
+def sae_bench_part(info: Info, substrate: Substrate, probing: list[dict]) -> Info:
+    """The keys of SAEBench's sparse-probing output, as run_0 has them."""
+    config, source = info["config"], substrate.source
+    details = [averaged(same) for same in zip(*(part["details"] for part in probing))]
+    metrics = {side: {f"{side}_{kind}test_accuracy":
+                      info["means"].get(f"{side}_{kind}test_accuracy")
+                      for kind in ("", *(f"top_{k}_" for k in (*K_VALUES, 100)))}
+               for side in ("llm", "sae")}
+    return {
+        "eval_type_id": "sparse_probing",
+        "eval_config": {
+            "random_seed": 42,
+            "dataset_names": [row["dataset_name"].removesuffix("_results") for row in details],
+            "probe_train_set_size": substrate.sizes.probe_train,
+            "probe_test_set_size": substrate.sizes.probe_test,
+            "context_length": substrate.sizes.context_length, "sae_batch_size": 125,
+            "llm_batch_size": 32, "llm_dtype": substrate.precision,
+            "model_name": source.model_name, "k_values": list(K_VALUES), "lower_vram_usage": False,
+        },
+        "eval_id": str(uuid.uuid5(uuid.NAMESPACE_OID,
+                                  digest(info["run"], config, source.fingerprint))),
+        "datetime_epoch_millis": int(time.time() * 1000),
+        "eval_result_metrics": metrics,
+        "eval_result_details": details,
+        "sae_bench_commit_hash": "none: computed by experiment.py",
+        "sae_lens_id": info["run"], "sae_lens_release_id": f"{source.model_name}_{info['run']}",
+        "sae_lens_version": SAE_LENS_VERSION,
+        "sae_cfg_dict": sae_cfg_dict(config, source),
+        "eval_result_unstructured": None,
+        "training_steps": config["steps"], "final_loss": info["means"].get("final_loss"),
+        "layer": source.layer, "dict_size": config["d_sae"],
+        "learning_rate": config["learning_rate"], "sparsity_penalty": config["sparsity_penalty"],
+    }
+
+
+def averaged(details: Sequence[Mapping[str, Any]]) -> Info:
+    """One data set's probing numbers, mean over seeds."""
+    keys = [key for key in details[0] if key != "dataset_name"]
+    return {"dataset_name": details[0]["dataset_name"],
+            **{key: float(np.mean([part[key] for part in details])) for key in keys},
+            "llm_top_100_test_accuracy": None, "sae_top_100_test_accuracy": None}
+
+
+def environment(substrate: Substrate) -> Info:
     """What the numbers may depend on beside the configuration."""
-    packages = ("torch", "transformers", "nnsight", "datasets", "numpy", "sklearn", "safetensors")
-    versions = {name: sys.modules[name].__version__ for name in packages if name in sys.modules}
-    return {"python": platform.python_version(), "packages": versions,
+    packages = ("torch", "transformers", "nnsight", "datasets", "numpy", "scikit-learn",
+                "safetensors")
+    return {"python": platform.python_version(),
+            "packages": {name: importlib.metadata.version(name) for name in packages},
             "machine": platform.machine(), "processor": processor_name(),
-            "threads": torch.get_num_threads(), "processes": material.team.size,
-            "device": str(material.team.device),
-            "language_model_dtype": str(material.dtype).removeprefix("torch."),
-            "substrate_fingerprint": material.substrate.fingerprint}
+            "threads": torch.get_num_threads(), "processes": substrate.processes.size,
+            "device": str(substrate.processes.device),
+            "language_model_dtype": substrate.precision,
+            "evaluation_code": laboratory_digest(),
+            "substrate_fingerprint": substrate.source.fingerprint}
 
 
 def processor_name() -> str:
     with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        if found:
-            return found[1]
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        if name:
+            return name[1]
     return platform.processor()
 
 
-def comparisons(rows: list[dict], evaluations: list[dict], record: dict, precision: str,
-                out_dir: Path) -> dict[str, Any]:
-    """Paired differences to the fixed and the vanilla SAE, where these runs are finished and had
-    the language model in the same precision, that is the same activations and questions."""
-    found = {}
-    for reference in ("run_7", "run_8"):
-        other = read_result(out_dir.resolve().parent / reference)
-        same = other and all(other[key] == record[key] for key in ("substrate", "budget"))
-        if same and reference != record["run"]:
-            samples = [parts["unlearning"]["samples"] for parts in evaluations]
-            try:
-                theirs = other["environment"]["language_model_dtype"]
-                if theirs == precision:
-                    found[reference] = compare(rows, samples, other)
-                else:
-                    say(f"{reference} had its language model in {theirs}, {record['run']} has it "
-                        f"in {precision}; not compared")
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
-                say(f"{reference} is of another version ({type(error).__name__}); not compared")
-    return found
+def collect(run: str, budget: str, config: Info, results: Results, histories: dict[int, list],
+            substrate: Substrate, clock: Clock, study: Path) -> Info:
+    """final_info.json: SAEBench's keys first, then the study's own."""
+    losses = {seed: [line["loss"] for line in history if "loss" in line]
+              for seed, history in histories.items()}
+    rows = [{**flat_metrics(parts), "final_loss": losses[seed][-1] if losses[seed] else None}
+            for seed, parts in results.items()]
+    means, stderrs = means_and_stderrs(rows)
+    info: Info = {
+        "run": run, "substrate": substrate.name, "budget": budget, "config": config,
+        "means": means, "stderrs": stderrs,
+        "seeds": [{"seed": seed, **row} for seed, row in zip(results, rows)],
+        **{part: {"per_seed": [parts[part] for parts in results.values()]}
+           for part in ("reconstruction", "conditioning", "unlearning")},
+        "skipped": substrate.corpus["skipped"], "environment": environment(substrate),
+    }
+    info["comparisons"] = comparisons(info, study)
+    probing = [parts["sparse_probing"] for parts in results.values()]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    info = {**sae_bench_part(info, substrate, probing), **info, "timing": {
+        **{f"{phase}_seconds": seconds for phase, seconds in clock.seconds.items()},
+        "peak_memory_gb": peak / (1e9 if sys.platform == "darwin" else 1e6)}}
+    return {**info, "sha256": result_checksum(info)}

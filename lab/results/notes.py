@@ -1,65 +1,75 @@
-"""notes.txt, the log of the study: one section a run."""
+"""notes.txt, the log of the study: one section a run, between markers."""
 
+import codecs
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lab.storage import Cache, digest, write_atomically
 
-PURPOSE: dict[str, str] = {}
-
-
-HEADLINES = (
-    ("l0", "L0", "active features a token"), ("explained_variance", "explained variance", ""),
-    ("ce_score", "cross-entropy score", ""), ("frac_alive", "fraction alive", ""),
-    ("l_dir", "L_dir", "floor 1 - D/F"), ("l_use", "L_use", "0 is separate"),
-    ("kappa_median", "κ median", ""), ("kappa_p90", "κ 90th percentile", ""),
-    ("kappa_max", "κ max", ""), ("duplicates", "duplicates across domains", "pairs"),
-    ("unlearning_area", "unlearning area", "nats, primary"),
-    ("unlearning_area_labelled", "area, retain text alone", "nats"),
-    ("forget_rise_at_0.05", "forget rise at cost 0.05", "nats"),
-    ("unlearning_score", "unlearning score", ""), ("accuracy_area", "accuracy area", ""),
-    ("sae_top_1_test_accuracy", "probe k=1", ""), ("sae_top_5_test_accuracy", "probe k=5", ""),
-    ("sae_test_accuracy", "probe, all", ""), ("llm_test_accuracy", "probe, residual, all", ""),
+HEADER = """Run log. experiment.py keeps one section a run up to date between its markers.
+Everything else in this file is yours and stays.
+"""
+BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le",
+                    codecs.BOM_UTF32_BE: "utf-32-be", codecs.BOM_UTF16_LE: "utf-16-le",
+                    codecs.BOM_UTF16_BE: "utf-16-be"}
+HEADLINES = (  # metric, its name, decimals
+    (("l0", "L0", 1), ("explained_variance", "explained variance", 3),
+     ("ce_score", "cross-entropy score", 3), ("frac_alive", "alive", 3)),
+    (("unlearning_area", "unlearning area in nats", 2), ("unlearning_score", "score", 3),
+     ("accuracy_area", "accuracy area", 3)),
+    (("kappa_median", "κ median", 2), ("kappa_p90", "90th percentile", 1),
+     ("sae_top_5_test_accuracy", "probe k = 5", 3), ("sae_test_accuracy", "all", 3)),
 )
 
 
-def summary_table(info: dict[str, Any]) -> str:
-    """Means ± standard errors, one a line."""
-    lines = []
-    for key, name, unit in HEADLINES:
-        mean, stderr = info["means"].get(key), info["stderrs"].get(key)
-        if mean is not None:
-            error = f" ± {stderr:.4f}" if stderr is not None else ""
-            lines.append(f"  {name:27s} {mean:9.4f}{error:11s} {unit}".rstrip())
-    return "\n".join(lines)
+def headline(info: Mapping[str, Any], key: str, name: str, decimals: int) -> str:
+    """For example "L0 40.2 ± 0.1"."""
+    mean, stderr = info["means"].get(key), info["stderrs"].get(key)
+    if mean is None:
+        return f"{name} undefined"
+    return f"{name} {mean:.{decimals}f}" + (
+        f" ± {stderr:.{decimals}f}" if stderr is not None else "")
 
 
-def update_notes(path: Path, run: str, info: dict[str, Any], cache: Cache) -> None:
-    """Replace the run's section of notes.txt, or add it; what people wrote outside stays."""
+def summary(info: Mapping[str, Any]) -> list[str]:
+    """What a run found, in three lines."""
+    lines = [", ".join(headline(info, *item) for item in items) for items in HEADLINES]
+    gap = info["comparisons"].get("run_8", {}).get("unlearning_area", {})
+    if gap.get("low") is not None:
+        lines[1] += (f"; area minus run_8 {gap['difference']:+.2f} "
+                     f"({gap['low']:.2f} to {gap['high']:.2f})")
+    return lines
+
+
+def describe(config: Mapping[str, Any]) -> str:
+    """The row in words: what keeps features apart, and how strongly."""
+    words = [config["orthogonality"], f"α {config['alpha']:g}"]
+    if config["orthogonality"] == "adaptive":
+        words += [f"η {config['eta']:g}", f"regrouped every {config['regroup_every']} steps"]
+    return ", ".join(words)
+
+
+def update_notes(path: Path, info: Mapping[str, Any], cache: Cache) -> None:
+    """Replace the run's section of notes.txt, or add it; what people wrote outside stays.
+
+    A section that lost its end stays too, as it cannot be told from a person's text.
+    """
+    run, config = info["run"], info["config"]
     begin, end = f"=== {run} (written by experiment.py) ===", f"=== end of {run} ==="
-    config = info["config"]
-    section = (
-        f"{begin}\n{PURPOSE[run]}\n"
-        f"orthogonality={config['orthogonality']} alpha={config['alpha']} eta={config['eta']} "
-        f"regroup_every={config['regroup_every']}; substrate {info['substrate']}, budget "
-        f"{info['budget']}, seeds {config['seeds']}\n{summary_table(info)}\n{end}\n"
-    )
+    seeds = " ".join(str(seed) for seed in config["seeds"])
+    section = "\n".join([begin, f"{config['purpose']}: {describe(config)}; {info['substrate']}, "
+                         f"{info['budget']}, seeds {seeds}", *summary(info), end, ""])
     with cache.lock(f"notes-{digest(str(path.resolve()))}"):
-        # As bytes, because a person's text may be in any encoding. A section that lost its end
-        # stays, as it cannot be told from a person's text.
-        text = path.read_bytes() if path.exists() else NOTES_HEADER.encode()
+        content = path.read_bytes() if path.exists() else HEADER.encode()
+        mark = next((mark for mark in BYTE_ORDER_MARKS if content.startswith(mark)), b"")
+        encoding = BYTE_ORDER_MARKS.get(mark, "utf-8")
+        # surrogateescape: bytes of another encoding that is like ASCII come back as they were
+        errors = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
+        text = content[len(mark):].decode(encoding, errors)
         pattern = rf"{re.escape(begin)}(?:(?!=== run_\d+ \(written).)*?{re.escape(end)}\r?\n?"
-        text, found = re.subn(pattern.encode(), lambda _: section.encode(), text, count=1,
-                              flags=re.S)
-        if not found:
-            text += (b"\n" if text.endswith(b"\n") else b"\n\n") + section.encode()
-        write_atomically(path, text)
-
-
-NOTES_HEADER = """Run log of the study. experiment.py keeps one section a run up to date between its
-markers; everything else in this file is yours and stays.
-
-run_0 is the given baseline: SAEBench's sparse probing of an untrained SAE on gemma-2-2b. Its SAE
-accuracies are 0.5, that is chance; it is no competitor. References are run_8 and run_9.
-"""
+        text, replaced = re.subn(pattern, lambda _: section, text, count=1, flags=re.S)
+        if not replaced:
+            text += ("\n" if text.endswith("\n") else "\n\n") + section
+        write_atomically(path, mark + text.encode(encoding, errors))

@@ -2,34 +2,39 @@
 
 import contextlib
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import requests
 import wandb
 
-from lab.console import LEADER, say
-from lab.results.notes import summary_table
+from lab.console import IS_LEADER, report
+from lab.results.notes import summary
 from lab.storage import Cache, digest, write_text
 
 
-class Logger:
+class Tracker:
     """wandb if it works, one line if it does not: logging never costs a run.
 
     Each line of the history has a wandb step of its own, so that a repeated run, which has the same
     id, logs none twice: online wandb refuses old steps, offline a file in the cache knows them.
     """
 
-    def __init__(self, run: str, config: dict[str, Any], substrate: str, cache: Cache):
+    def __init__(self, run: str, config: Mapping[str, Any], group: str, cache: Cache):
         self.run, self.config, self.next = None, config, 0
-        if not LEADER:
+        if not IS_LEADER:
             return
         signed_in = os.environ.get("WANDB_API_KEY") or requests.utils.get_netrc_auth(
             os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-        mode = os.environ.get("WANDB_MODE") or ("online" if signed_in else "offline")
+        defaults = {"WANDB_PROJECT": ("project", "adaptive-orthogonal-sae"),
+                    "WANDB_NAME": ("name", run), "WANDB_RUN_GROUP": ("group", group),
+                    "WANDB_RUN_ID": ("id", digest(run, config, group)),
+                    "WANDB_MODE": ("mode", "online" if signed_in else "offline"),
+                    "WANDB_DIR": ("dir", str(cache.root))}
+        unset = dict(default for name, default in defaults.items() if not os.environ.get(name))
         try:
             self.run = wandb.init(
-                project="adaptive-orthogonal-sae", name=run, group=substrate, config=config,
-                id=digest(run, config, substrate), resume="allow", mode=mode, dir=str(cache.root),
+                config=dict(config), resume="allow", **unset,
                 settings=wandb.Settings(silent=True, console="off", disable_git=True,
                                         login_timeout=20, init_timeout=20, finish_timeout=20),
             )
@@ -38,10 +43,11 @@ class Logger:
             if self.run.offline and self.mark.exists():
                 self.next = int(self.mark.read_text())
         except Exception as error:  # noqa: BLE001 - whatever it is, the run matters more
-            say(f"wandb is off: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
+            report(f"wandb is off: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
 
-    def log(self, line: dict[str, Any]) -> None:
-        place = 2 * self.config["seeds"].index(line["seed"]) + ("loss" not in line)  # see caller
+    def log(self, line: Mapping[str, Any]) -> None:
+        """A line of the training curves; those of a seed first, then its groupings."""
+        place = 2 * self.config["seeds"].index(line["seed"]) + ("loss" not in line)
         step = place * (self.config["steps"] + 1) + line["step"]
         if self.run is not None and step >= self.next:
             with contextlib.suppress(Exception):
@@ -52,9 +58,15 @@ class Logger:
                 if self.run.offline:
                     write_text(self.mark, str(self.next))
 
-    def finish(self, info: dict[str, Any]) -> None:
+    def log_rest(self, history: list[Mapping[str, Any]]) -> None:
+        """Of a trained seed, what an earlier process logged nowhere, and the groupings."""
+        for line in sorted(history, key=lambda line: "loss" not in line):
+            self.log(line)
+
+    def finish(self, info: Mapping[str, Any]) -> None:
         if self.run is not None:
             with contextlib.suppress(Exception):
                 self.run.summary.update(info["means"])
-                self.run.log({"results": wandb.Html(f"<pre>{summary_table(info)}</pre>")})
+                text = "\n".join(summary(info))
+                self.run.log({"results": wandb.Html(f"<pre>{text}</pre>")})
                 self.run.finish()

@@ -1,12 +1,29 @@
-"""The two substrates, and the choice between them."""
+"""The two substrates, the choice between them, and what all runs on one of them share."""
 
-from lab.console import UserError, say
-from lab.storage import Cache
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+import transformers
+from torch import Tensor
+
+from lab.console import UserError, report
+from lab.distributed import Processes
+from lab.language_model import LanguageModel, faster_dtype
+from lab.storage import Cache, checksum, code_digest, digest, randomness
 from lab.substrates.pythia import Pythia
 from lab.substrates.standin import Standin
+from lab.substrates.texts import DOMAINS, Sizes, pack_contexts
+
+SINK_FACTOR = 10.0  # a token this many median norms long is an attention sink
 
 
-def choose_substrate(choice: str, cache: Cache) -> Standin | Pythia:
+def choose_source(choice: str, cache: Cache) -> Standin | Pythia:
     """`auto` prefers Pythia and falls back to the stand-in, saying so in one line."""
     if choice not in ("auto", "pythia", "standin"):
         raise UserError(f"SAE_SUBSTRATE={choice!r} is unknown; use auto, pythia or standin")
@@ -19,5 +36,127 @@ def choose_substrate(choice: str, cache: Cache) -> Standin | Pythia:
     except UserError as reason:
         if choice == "pythia":
             raise
-        say(f"substrate: standin ({Standin.model_name}); {reason}")
+        report(f"substrate: standin ({Standin.model_name}); {reason}")
     return Standin(cache)
+
+
+def quiet_libraries() -> None:
+    """Silence what a user cannot act on; errors still come through."""
+    os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+class Contexts(NamedTuple):
+    """Packed text of one half: tokens [N, T] and their domains [N]."""
+
+    tokens_NT: Tensor
+    domain_N: Tensor
+
+    def checksum(self) -> str:
+        return checksum({"tokens": self.tokens_NT, "domain": self.domain_N}, "")
+
+
+class Substrate:
+    """A language model, its hook and its text, with all that every run on them shares.
+
+    Each part is computed once, by whichever run needs it first, and kept in the cache under a key
+    of what it was computed from and by which code.
+    """
+
+    def __init__(self, source: Standin | Pythia, sizes: Sizes, cache: Cache,
+                 processes: Processes):
+        self.source, self.sizes, self.cache, self.processes = source, sizes, cache, processes
+        self.name = source.name
+        self.dtype = faster_dtype(processes.device)
+        self.causes = (source.name, source.fingerprint, str(self.dtype), torch.__version__,
+                       transformers.__version__, code_digest(LanguageModel))
+
+    @property
+    def precision(self) -> str:
+        """What the language model computes in, for example "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @functools.cached_property
+    def lm(self) -> LanguageModel:
+        model, tokenizer = self.source.load_model(self.dtype)
+        return LanguageModel(model, tokenizer, self.source.layer, self.processes.device)
+
+    def cached(self, name: str, build: Callable[[], tuple[dict[str, Tensor], Any]],
+               *causes: Any) -> tuple[dict[str, Tensor], Any]:
+        return self.cache.get(f"{self.name}/{name}", (*self.causes, *causes), build)
+
+    @functools.cached_property
+    def corpus(self) -> dict[str, Any]:
+        """All text: by half and domain, questions, probing sets, and what could not be had."""
+        sizes = (self.sizes.learn_tokens, self.sizes.probe_train, self.sizes.probe_test)
+        causes = (self.source.fingerprint, sizes, code_digest(type(self.source)))
+        return self.cache.get(f"{self.name}/corpus", causes,
+                              lambda: ({}, self.source.corpus(self.sizes)))[1]
+
+    @functools.cached_property
+    def learn(self) -> Contexts:
+        """What is trained on, in random order: at most `learn_tokens`, half of them forget text."""
+        left = self.sizes.learn_tokens // self.sizes.context_length
+        contexts = self.contexts("learn", (left // 2, left, 0))
+        for domain, name in enumerate(DOMAINS[:2]):
+            if not (contexts.domain_N == domain).any():
+                raise UserError(f"{self.name} has no context of {self.sizes.context_length} tokens "
+                                f"of {name} text to train on; learn_tokens must allow for one")
+        return contexts
+
+    @functools.cached_property
+    def ask(self) -> Contexts:
+        """What is evaluated on; of the third text, which no label names, a few contexts."""
+        sizes = self.sizes
+        return self.contexts("ask", (sizes.heldout_contexts, sizes.heldout_contexts,
+                                     sizes.frontier_contexts))
+
+    def contexts(self, half: str, most: tuple[int, ...]) -> Contexts:
+        """Packed contexts of a half, at most `most[k]` of domain k; learn text shares the room."""
+        sizes = self.sizes
+
+        def build() -> tuple[dict[str, Tensor], Any]:
+            parts, taken = [], 0
+            for domain, name in enumerate(DOMAINS):
+                documents = self.lm.tokenize(self.corpus[half][name])
+                rows = pack_contexts(documents, self.lm.separator, sizes.context_length)
+                order = torch.randperm(len(rows), generator=randomness("contexts", name))
+                order = order[: max(0, most[domain] - (taken if half == "learn" else 0))]
+                taken += len(order)
+                parts.append((rows[order], torch.full((len(order),), domain, dtype=torch.uint8)))
+            tokens_NT, domain_N = (torch.cat(part) for part in zip(*parts))
+            if half == "learn":
+                mix = torch.randperm(len(tokens_NT), generator=randomness("mix", half))
+                tokens_NT, domain_N = tokens_NT[mix], domain_N[mix]
+            return {"tokens": tokens_NT, "domain": domain_N}, None
+
+        causes = most, sizes.context_length, digest(self.corpus[half]), code_digest(Substrate)
+        kept = self.cached(f"contexts-{half}", build, *causes)[0]
+        return Contexts(kept["tokens"], kept["domain"])
+
+    @functools.cached_property
+    def sink_norm(self) -> float:
+        """Norm from which a token is an attention sink: ten times the median of learn text."""
+
+        def build() -> tuple[dict[str, Tensor], Any]:
+            x = torch.cat([self.lm.residual(part) for part in tokens_NT.split(16)])
+            return {"norm": SINK_FACTOR * x.float().norm(dim=-1).median()}, None
+
+        tokens_NT = self.learn.tokens_NT[:64]
+        causes = checksum({"tokens": tokens_NT}, ""), code_digest(Substrate)
+        return float(self.cached("sink-norm", build, *causes)[0]["norm"])
+
+    def compact(self, x: Tensor) -> Tensor:
+        """Residuals x of ordinary tokens in half precision: in float16, which is finer, unless
+        they may exceed its range."""
+        fits = self.sink_norm < torch.finfo(torch.float16).max
+        return x.to(torch.float16 if fits else torch.bfloat16)
+
+    def is_plain(self, x: Tensor) -> Tensor:
+        """Whether residuals x [..., D] are of ordinary tokens, not of attention sinks."""
+        return x.float().norm(dim=-1) < self.sink_norm

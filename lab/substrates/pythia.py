@@ -12,11 +12,9 @@ import torch
 import transformers
 from torch import nn
 
-from lab.console import UserError, say
+from lab.console import UserError, report
 from lab.storage import Cache, digest, sha256_of
-from lab.substrates.texts import Question, in_learn_half, probe_part, shuffled
-
-CustomSAEConfig = Any
+from lab.substrates.texts import Question, Sizes, in_learn_half, probe_part, shuffled
 
 
 @contextlib.contextmanager
@@ -34,8 +32,11 @@ class Pythia:
     """Pythia-70M, WikiText-103, WMDP-bio and MMLU from the Hugging Face Hub."""
 
     name = "pythia"
-    model_name = "EleutherAI/pythia-70m-deduped"
+    model_name = loadable_name = "EleutherAI/pythia-70m-deduped"
+    text = "WikiText-103 and WMDP-bio"
+    dataset_path = "Salesforce/wikitext"
     layer = 3
+    d_in = 512
     revisions = {
         "EleutherAI/pythia-70m-deduped": "e93a9faa9c77e5d09219f6c868bfc7a1bd65593c",
         "Salesforce/wikitext": "b08601e04326c79dfdd32d625aee71d232d685c3",
@@ -74,7 +75,7 @@ class Pythia:
             expected = weights.readlink().name if weights.is_symlink() else ""
             if len(expected) != 64 or sha256_of(weights) == expected:
                 return
-            say(f"{weights} does not match its hash")
+            report(f"{weights} does not match its hash")
         raise UserError(f"the Hugging Face Hub gives a damaged {self.model_name}; try again later")
 
     def load_model(self, dtype: torch.dtype) -> tuple[nn.Module, Any]:
@@ -102,7 +103,7 @@ class Pythia:
                 break
         return texts
 
-    def corpus(self, config: CustomSAEConfig) -> dict[str, Any]:
+    def corpus(self, sizes: Sizes) -> dict[str, Any]:
         """Texts by half and domain, questions and probing sets; what cannot be had is named."""
         biology = list(self.rows("cais/wmdp", "wmdp-bio", "test"))
         facts: dict[str, list[str]] = {"learn": [], "ask": []}
@@ -113,10 +114,10 @@ class Pythia:
                  for row in self.rows("cais/mmlu", subject, "test")]
         statements = [self.statement(row) for row in other]
         asked = [row for row in biology if not in_learn_half(row["question"])]
-        probes, skipped = self.probe_sets(config)
+        probes, skipped = self.probe_sets(sizes)
         return {
             "learn": {"forget": facts["learn"],
-                      "retain": self.wikitext("train", 6 * config.learn_tokens), "other": []},
+                      "retain": self.wikitext("train", 6 * sizes.learn_tokens), "other": []},
             "ask": {"forget": facts["ask"], "retain": self.wikitext("test", 2_000_000),
                     "other": statements},
             "questions": {"forget": [self.question(row) for row in shuffled(asked, "questions")],
@@ -134,16 +135,17 @@ class Pythia:
         prompt = f"Question: {row['question']}\nAnswer:"
         return Question(prompt, "Answer:", list(row["choices"]), row["answer"])
 
-    def probe_sets(self, config: CustomSAEConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    def probe_sets(self, sizes: Sizes) -> tuple[dict[str, Any], dict[str, str]]:
         """SAEBench's eight data sets; one that cannot be loaded is skipped with its reason."""
         probes, skipped = {}, {}
         for name, source in PROBE_SOURCES.items():
             try:
-                wanted = (config.probe_train + config.probe_test) // 2
+                wanted = (sizes.probe_train + sizes.probe_test) // 2
                 probes[name] = {"rows": source.rows(self, wanted)}
             except (UserError, ValueError, KeyError) as error:
                 skipped[name] = str(error) if isinstance(error, UserError) else repr(error)
-                say(f"probing set {name} is skipped, in all runs from this cache: {skipped[name]}")
+                report(f"probing set {name} is skipped, in all runs from this cache: "
+                       f"{skipped[name]}")
         return probes, skipped
 
 

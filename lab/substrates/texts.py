@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,29 @@ from torch import Tensor
 
 FORGET, RETAIN, OTHER = 0, 1, 2  # domains of text; OTHER is only evaluated on, never named
 DOMAINS = ("forget", "retain", "other")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much text a budget uses: the same for all runs that are compared."""
+
+    context_length: int = 128  # tokens
+    learn_tokens: int = 1_000_000  # unique training tokens, at most
+    frequency_tokens: int = 100_000  # learn tokens a domain for firing frequencies, at most
+    heldout_contexts: int = 256  # ask-half contexts a domain: reconstruction, conditioning
+    frontier_contexts: int = 12  # a domain, the ones whose cross-entropy is measured
+    question_candidates: int = 420  # a domain, before the filter
+    questions: int = 200  # a domain, after it
+    probe_train: int = 4000  # texts a binary probing task, where the data allow
+    probe_test: int = 1000
+
+
+SIZES = {
+    "full": Sizes(),
+    "smoke": Sizes(learn_tokens=30_000, frequency_tokens=8_000, heldout_contexts=24,
+                   frontier_contexts=2, question_candidates=16, questions=5, probe_train=80,
+                   probe_test=40),
+}
 
 
 class Question(NamedTuple):
@@ -20,18 +44,18 @@ class Question(NamedTuple):
     answer: int
 
 
-def lot(identity: str, purpose: str) -> float:
+def hash_fraction(identity: str, purpose: str) -> float:
     """A number in [0, 1) that is the same for this identity and purpose on every machine."""
     return int.from_bytes(hashlib.sha256(f"{purpose}:{identity}".encode()).digest()[:6]) / 2**48
 
 
 def in_learn_half(identity: str) -> bool:
     """Whether a document may be trained on; the other half is what questions ask about."""
-    return lot(identity, "half") < 0.5
+    return hash_fraction(identity, "half") < 0.5
 
 
 def probe_part(identity: str) -> str:
-    return "test" if lot(identity, "probe") < 0.2 else "train"
+    return "test" if hash_fraction(identity, "probe") < 0.2 else "train"
 
 
 def shuffled(items: list, salt: str) -> list:
