@@ -33,13 +33,8 @@ try:
     from lab.console import Clock, Progress, UserError, progress, report, report_error, show
     from lab.distributed import Interrupts, Processes, keep_freed_memory
     from lab.evaluations import evaluate
-    from lab.grouping import (
-        CoactivationSketch,
-        GroupStatistics,
-        group_features,
-        group_statistics,
-        random_condition_number,
-    )
+    from lab.grouping import (CoactivationSketch, GroupStatistics, group_features,
+                              group_statistics, random_condition_number)
     from lab.language_model import LanguageModel, faster_dtype
     from lab.results.exports import export_sae, hook_name
     from lab.results.final_info import best_run, collect
@@ -47,17 +42,8 @@ try:
     from lab.results.notes import summary, update_notes
     from lab.results.tracking import Tracker
     from lab.sparse import Code, ExportedSAE, SparseAutoencode, faster_screen
-    from lab.storage import (
-        Cache,
-        code_digest,
-        digest,
-        non_finite,
-        randomness,
-        read_tensors,
-        to_json,
-        write_tensors,
-        write_text,
-    )
+    from lab.storage import (Cache, code_digest, digest, non_finite, randomness, read_tensors,
+                             to_json, write_tensors, write_text)
     from lab.substrates import Pythia, Standin, Substrate, choose_source, quiet_libraries
     from lab.substrates.texts import SIZES
 except ModuleNotFoundError as missing:
@@ -65,10 +51,29 @@ except ModuleNotFoundError as missing:
 except (ImportError, OSError) as broken:
     sys.exit(f"error: a package is installed but cannot be imported: {broken}")
 
-# ------------------------------------------------------------------------------------------------
-# Configuration: everything a run can differ in, and the ten runs
-# ------------------------------------------------------------------------------------------------
+# --- The ten runs, and everything in which a run can differ -------------------------------------
 
+RUNS: dict[str, dict[str, Any]] = {
+    "run_1": dict(purpose="α sweep, strong", orthogonality="adaptive", alpha=0.10),
+    "run_2": dict(purpose="α sweep, medium", orthogonality="adaptive", alpha=0.05),
+    "run_3": dict(purpose="α sweep, weak", orthogonality="adaptive", alpha=0.01),
+    "run_4": dict(purpose="grouping, frequent", orthogonality="adaptive", regroup_every=100),
+    "run_5": dict(purpose="grouping, rare", orthogonality="adaptive", regroup_every=500),
+    "run_6": dict(purpose="direction only: sharing by itself", orthogonality="adaptive", eta=0.0),
+    "run_7": dict(purpose="fixed orthogonal SAE", orthogonality="fixed"),
+    "run_8": dict(purpose="vanilla SAE: the trained baseline", orthogonality="off", alpha=0.0),
+    "run_9": dict(purpose="OrtSAE, the published competitor (α is its γ)",
+                  orthogonality="max_cosine", alpha=0.25),
+    "run_10": dict(purpose="the best of runs 1-5 on fresh seeds", orthogonality="adaptive",
+                   first_seed=100),
+}
+ROWS = "\n".join(f"  {name:7s} {row['purpose']}" for name, row in RUNS.items())
+CANDIDATES = ("run_1", "run_2", "run_3", "run_4", "run_5")  # of which run_10 repeats the best
+BUDGETS: dict[str, dict[str, Any]] = {  # how much is trained; how much text: lab's SIZES
+    "full": {},
+    "smoke": dict(expansion=2, steps=120, warmup_steps=20, n_seeds=2, regroup_every=40,
+                  resample_every=30, checkpoint_every=40, log_every=10),
+}
 MODES = ("off", "fixed", "adaptive", "max_cosine", "gram_encoder")
 
 
@@ -177,32 +182,10 @@ class CustomSAEConfig:
                             f"cannot be trained with; {right}")
 
 
-RUNS: dict[str, dict[str, Any]] = {
-    "run_1": dict(purpose="α sweep, strong", alpha=0.10, regroup_every=250),
-    "run_2": dict(purpose="α sweep, medium", alpha=0.05, regroup_every=250),
-    "run_3": dict(purpose="α sweep, weak", alpha=0.01, regroup_every=250),
-    "run_4": dict(purpose="grouping, frequent", alpha=0.05, regroup_every=100),
-    "run_5": dict(purpose="grouping, rare", alpha=0.05, regroup_every=500),
-    "run_6": dict(purpose="direction only: sharing by itself", alpha=0.05, eta=0.0),
-    "run_7": dict(purpose="fixed orthogonal SAE", orthogonality="fixed", alpha=0.05),
-    "run_8": dict(purpose="vanilla SAE: the trained baseline", orthogonality="off", alpha=0.0),
-    "run_9": dict(purpose="OrtSAE, the published competitor (α is its γ)",
-                  orthogonality="max_cosine", alpha=0.25),
-    "run_10": dict(purpose="the best of runs 1-5 on fresh seeds", first_seed=100),
-}
-CANDIDATES = ("run_1", "run_2", "run_3", "run_4", "run_5")  # of which run_10 repeats the best
-BUDGETS: dict[str, dict[str, Any]] = {  # how much is trained; how much text: lab's SIZES
-    "full": {},
-    "smoke": dict(expansion=2, steps=120, warmup_steps=20, n_seeds=2, regroup_every=40,
-                  resample_every=30, checkpoint_every=40, log_every=10),
-}
-
-
 def resolve_config(run: str, budget: str, study: Path) -> CustomSAEConfig:
     """The row named `run` at `budget`; run_10 reads its α and interval from the runs in `study`."""
     if run not in RUNS:
-        rows = "\n".join(f"  {name:7s} {row['purpose']}" for name, row in RUNS.items())
-        raise UserError(f"--out_dir ends in {run!r}, which is no row of the table; it has\n{rows}")
+        raise UserError(f"--out_dir ends in {run!r}, which is no row of the table; it has\n{ROWS}")
     if budget not in BUDGETS:
         raise UserError(f"SAE_BUDGET={budget!r} is unknown; use one of {', '.join(BUDGETS)}")
     chosen = {}
@@ -211,9 +194,7 @@ def resolve_config(run: str, budget: str, study: Path) -> CustomSAEConfig:
     return CustomSAEConfig(**{**RUNS[run], **BUDGETS[budget], **chosen})
 
 
-# ------------------------------------------------------------------------------------------------
-# Activations: read once through the hook, kept in half precision, shuffled across documents
-# ------------------------------------------------------------------------------------------------
+# --- Activations: read once through the hook, kept in half precision, shuffled across documents -
 
 
 class ActivationBuffer:
@@ -301,9 +282,7 @@ def residual_shard(substrate: Substrate, tokens_NT: Tensor, domain_N: Tensor,
     return {"acts": substrate.compact(x_NTD[keep]).cpu(), "domain": domain_NT[keep]}
 
 
-# ------------------------------------------------------------------------------------------------
-# Sparse autoencoder
-# ------------------------------------------------------------------------------------------------
+# --- Sparse autoencoder -------------------------------------------------------------------------
 
 
 class CustomSAE(nn.Module):
@@ -318,6 +297,7 @@ class CustomSAE(nn.Module):
                  screen: str | None = None):
         super().__init__()
         rows_FD = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
+        self.d_in, self.d_sae = d_in, d_sae
         self.screen = screen or faster_screen()  # how `sparse_code` looks for active features
         self.half = False  # whether `dense_code` multiplies in bfloat16
         self.W_enc_FD = nn.Parameter(rows_FD.clone())
@@ -337,14 +317,6 @@ class CustomSAE(nn.Module):
     @property
     def W_enc(self) -> Tensor:
         return self.W_enc_FD.T
-
-    @property
-    def d_in(self) -> int:
-        return self.W_dec.shape[1]
-
-    @property
-    def d_sae(self) -> int:
-        return self.W_dec.shape[0]
 
     def encode(self, z_BD: Tensor) -> Tensor:
         return torch.relu((z_BD - self.b_dec) @ self.W_enc + self.b_enc)
@@ -387,9 +359,7 @@ class CustomSAE(nn.Module):
         return ExportedSAE(W_enc_FD.T, b_enc * scale, W_dec, b_dec * scale)
 
 
-# ------------------------------------------------------------------------------------------------
-# Sharing: how much each group of features that fire together shares
-# ------------------------------------------------------------------------------------------------
+# --- Sharing: how much each group of features that fire together shares -------------------------
 
 
 class Sharing(NamedTuple):
@@ -418,9 +388,7 @@ def sharing(statistics: GroupStatistics, share_min: float, share_max: float, sha
     return Sharing(use_G, torch.where(excess > 0, share_min * excess, use_G))
 
 
-# ------------------------------------------------------------------------------------------------
-# Losses: pure functions of tensors
-# ------------------------------------------------------------------------------------------------
+# --- Losses: pure functions of tensors ----------------------------------------------------------
 
 
 def direction_loss(W_FD: Tensor, groups_GM: Tensor | None = None, share_G: Tensor | None = None,
@@ -528,9 +496,7 @@ def domain_means(code: Code, domain_B: Tensor, count_K: Tensor, d_sae: int) -> T
     return total.view(len(count_K), d_sae) / count_K.clamp(min=1)[:, None]
 
 
-# ------------------------------------------------------------------------------------------------
-# Trainer
-# ------------------------------------------------------------------------------------------------
+# --- Trainer ------------------------------------------------------------------------------------
 
 
 class Seen(NamedTuple):
@@ -795,16 +761,13 @@ class CustomTrainer:
         for name, part in (("groups_GM", groups), *share._asdict().items()):
             self.state[name] = self.processes.same_(part.to(self.device))
         self.sketch.decay_(self.SKETCH_MEMORY)
-        kappa = statistics.kappa_G
-        self.note({
-            "kappa_median": float(kappa.median()), "kappa_p90": float(kappa.quantile(0.9)),
-            "kappa_max": float(kappa.max()), "share_use": float(share.use_G.mean()),
-            "share_mean": float(share.direction_G.mean()),
-            "share_min": float(share.direction_G.min()),
-            "share_max": float(share.direction_G.max()),
-            "coactivation": float(statistics.coactivation_G.mean()),
-            "evenness": float(statistics.evenness_G.mean()),
-        })
+        kappa, direction = statistics.kappa_G, share.direction_G
+        curves = {"kappa_median": kappa.median(), "kappa_p90": kappa.quantile(0.9),
+                  "kappa_max": kappa.max(), "share_use": share.use_G.mean(),
+                  "share_mean": direction.mean(), "share_min": direction.min(),
+                  "share_max": direction.max(), "evenness": statistics.evenness_G.mean(),
+                  "coactivation": statistics.coactivation_G.mean()}
+        self.note({name: float(value) for name, value in curves.items()})
 
     def gather_sketch_(self) -> None:
         """What all have seen to the first; the others start from nothing."""
@@ -865,9 +828,7 @@ def new_trainer(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int,
     return CustomTrainer(config, sae, seed, processes=processes)
 
 
-# ------------------------------------------------------------------------------------------------
-# Run
-# ------------------------------------------------------------------------------------------------
+# --- Run ----------------------------------------------------------------------------------------
 
 
 def training_key(config: CustomSAEConfig, substrate: Substrate, buffer: ActivationBuffer) -> str:
@@ -990,14 +951,10 @@ def write_results(folder: RunFolder, info: dict[str, Any], histories: dict[int, 
     write_text(folder.path / "final_info.json", to_json(info, 1))
 
 
-# ------------------------------------------------------------------------------------------------
-# Main
-# ------------------------------------------------------------------------------------------------
+# --- Main ---------------------------------------------------------------------------------------
 
-HELP = "the last part of --out_dir selects a row:\n  run     mode           α\n" + "\n".join(
-    f"  {name:7s} {row.get('orthogonality', 'adaptive'):10s} {row.get('alpha', 'best'):>5}  "
-    f"{row['purpose']}" for name, row in RUNS.items()
-) + """
+HELP = f"""the last part of --out_dir selects a row:
+{ROWS}
 
 environment variables:
   SAE_SUBSTRATE  auto (default) | pythia | standin: language model and text
