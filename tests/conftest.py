@@ -1,3 +1,5 @@
+"""Fixtures that several test files share."""
+
 import signal
 import sys
 from pathlib import Path
@@ -9,9 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import small
 
-import experiment as ex
+import experiment
+from lab.substrates import quiet_libraries
 
-ex.quiet_libraries()
+quiet_libraries()
 
 
 @pytest.fixture
@@ -22,21 +25,9 @@ def generator():
 @pytest.fixture
 def small_config():
     """A trainer's row for tests: small, quick, two domains."""
-    import dataclasses
-
-    return dataclasses.replace(
-        ex.CustomSAEConfig(),
-        expansion=4,
-        group_size=8,
-        steps=60,
-        batch_size=256,
-        target_l0=8.0,
-        warmup_steps=5,
-        regroup_every=20,
-        resample_every=20,
-        sketch_size=64,
-        log_every=10,
-    )
+    return experiment.CustomSAEConfig(
+        purpose="test", expansion=4, group_size=8, steps=60, batch_size=256, target_l0=8.0,
+        warmup_steps=5, regroup_every=20, resample_every=20, sketch_size=64, log_every=10)
 
 
 @pytest.fixture(scope="session")
@@ -50,17 +41,13 @@ def small_hub(tmp_path_factory):
 def job(small_hub, tmp_path, monkeypatch):
     """The small main job in a folder of its own; gives the exit code."""
     small.prepare(small_hub, monkeypatch.setattr)
-    settings = {
-        "SAE_SUBSTRATE": "pythia",
-        "SAE_BUDGET": "smoke",
-        "SAE_CACHE_DIR": str(tmp_path / "cache"),
-        "WANDB_MODE": "disabled",
-    }
+    settings = {"SAE_SUBSTRATE": "pythia", "SAE_BUDGET": "smoke",
+                "SAE_CACHE_DIR": str(tmp_path / "cache"), "WANDB_MODE": "disabled"}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield lambda out_dir="run_1": ex.main([f"--out_dir={out_dir}"])
+    yield lambda out_dir="run_1": experiment.main([f"--out_dir={out_dir}"])
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -68,10 +55,10 @@ def job(small_hub, tmp_path, monkeypatch):
 @pytest.fixture
 def processor(monkeypatch):
     """Makes the processor one with products in bfloat16, or one without."""
-    found = torch.cpu.get_capabilities()
+    capabilities = torch.cpu.get_capabilities()
     return lambda bfloat16: monkeypatch.setattr(
         torch.cpu, "get_capabilities",
-        lambda: {**found, "avx512_bf16": bfloat16, "amx_bf16": False})
+        lambda: {**capabilities, "avx512_bf16": bfloat16, "amx_bf16": False})
 
 
 def planted_activations(n_tokens, d_in=32, n_true=64, active=4, seed=0):
