@@ -14,7 +14,15 @@ from torch import nn
 
 from lab.console import UserError, report
 from lab.storage import Cache, digest, sha256_of
-from lab.substrates.texts import Question, Sizes, in_learn_half, probe_part, shuffled
+from lab.substrates.texts import (
+    Question,
+    Sizes,
+    distinct,
+    divided,
+    probe_rows,
+    shuffled,
+    without_copies,
+)
 
 
 @contextlib.contextmanager
@@ -105,22 +113,18 @@ class Pythia:
 
     def corpus(self, sizes: Sizes) -> dict[str, Any]:
         """Texts by half and domain, questions and probing sets; what cannot be had is named."""
-        biology = list(self.rows("cais/wmdp", "wmdp-bio", "test"))
-        facts: dict[str, list[str]] = {"learn": [], "ask": []}
-        for row in biology:
-            half = "learn" if in_learn_half(row["question"]) else "ask"
-            facts[half].append(self.statement(row))
-        other = [row for subject in self.retain_subjects
-                 for row in self.rows("cais/mmlu", subject, "test")]
-        statements = [self.statement(row) for row in other]
-        asked = [row for row in biology if not in_learn_half(row["question"])]
+        learn, ask = divided(list(self.rows("cais/wmdp", "wmdp-bio", "test")), self.statement)
+        other = distinct([row for subject in self.retain_subjects
+                          for row in self.rows("cais/mmlu", subject, "test")], self.statement)
+        articles = self.wikitext("train", 6 * sizes.learn_tokens)
+        heldout = without_copies(self.wikitext("test", 2_000_000), articles)
         probes, skipped = self.probe_sets(sizes)
         return {
-            "learn": {"forget": facts["learn"],
-                      "retain": self.wikitext("train", 6 * sizes.learn_tokens), "other": []},
-            "ask": {"forget": facts["ask"], "retain": self.wikitext("test", 2_000_000),
-                    "other": statements},
-            "questions": {"forget": [self.question(row) for row in shuffled(asked, "questions")],
+            "learn": {"forget": [self.statement(row) for row in learn], "retain": articles,
+                      "other": []},
+            "ask": {"forget": [self.statement(row) for row in ask], "retain": heldout,
+                    "other": [self.statement(row) for row in other]},
+            "questions": {"forget": [self.question(row) for row in shuffled(ask, "questions")],
                           "retain": [self.question(row) for row in shuffled(other, "questions")]},
             "probes": probes,
             "skipped": skipped,
@@ -181,9 +185,8 @@ class ProbeSource:
             if not buckets:
                 raise ValueError(f"{self.path} has no row of class {label!r}")
             size = min(wanted // len(buckets), *(len(texts) for texts in buckets))
-            chosen = [text for texts in buckets for text in texts[:size]]
-            rows += [(probe_part(text), str(label), text) for text in chosen]
-        return rows
+            rows += [(str(label), text) for texts in buckets for text in texts[:size]]
+        return probe_rows(rows)
 
 
 def bias_in_bios(*classes: int) -> ProbeSource:

