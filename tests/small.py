@@ -2,14 +2,16 @@
 
     python tests/small.py FOLDER EVENT CALL OF --out_dir=run_1
 
-FOLDER is what `local_hub` made. At the CALL-th call of the function OF (a name in
-experiment.py, or `os.fsync`, which every file that is written goes through) EVENT happens: a
-signal by its name, or `vanish`, which removes the cache. OF may be `never`. Under torchrun it
-happens to the process SMALL_RANK.
+FOLDER is what `local_hub` made. At the CALL-th call of the function OF (such as
+`experiment.CustomTrainer.step`, in the module that uses it, or `os.fsync`, which every file that
+is written goes through) EVENT happens: a signal by its name, or `vanish`, which removes the cache.
+OF may be `never`. Under torchrun it happens to the process SMALL_RANK.
 """
 
+import functools
 import json
 import os
+import pkgutil
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ import sys
 import threading
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -24,64 +27,64 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import experiment as ex
+from lab.evaluations import unlearning
+from lab.substrates.pythia import Pythia
+from lab.substrates.texts import Sizes
 
 TINY = dict(
-    expansion=2, steps=24, batch_size=256, warmup_steps=4, n_seeds=2, learn_tokens=6_000,
-    regroup_every=6, resample_every=6, checkpoint_every=6, log_every=3, frequency_tokens=1_000,
-    target_l0=10.0, heldout_contexts=8, frontier_contexts=2, question_candidates=8, questions=3,
-    probe_train=40, probe_test=20,
+    expansion=2, steps=24, batch_size=256, warmup_steps=4, n_seeds=2, regroup_every=6,
+    resample_every=6, checkpoint_every=6, log_every=3, target_l0=10.0,
 )
+TINY_SIZES = Sizes(
+    learn_tokens=6_000, frequency_tokens=1_000, heldout_contexts=8, frontier_contexts=2,
+    question_candidates=8, questions=3, probe_train=40, probe_test=20,
+)
+WIDTH = 128  # D of the tiny model
+
+
+def paragraphs(numbers):
+    return [{"text": f" The {('church', 'bridge', 'tower', 'school')[i % 4]} of the old town stood "
+                     f"by the river until {i}, when the council took it down and built a market "
+                     "there ."} for i in numbers]
+
+
+def rows():
+    """Rows of every data set that is there, by its name and split."""
+    parts = ("the wall", "the mitochondrion", "water", "salt")
+    work = ("holds it together", "turns sugar into energy", "fills it", "keeps it wet")
+    centuries = ("first", "tenth", "last", "none")
+    return {
+        ("Salesforce/wikitext", "train"): paragraphs(range(240)),
+        ("Salesforce/wikitext", "test"): paragraphs(range(240, 480)),
+        ("cais/wmdp", "test"): [
+            {"question": f"Which part of the cell number {i} {work[i % 4]}?", "choices": parts,
+             "answer": i % 4} for i in range(120)],
+        ("cais/mmlu", "test"): [
+            {"question": f"In which century was treaty {i} signed?", "subject": "history",
+             "choices": centuries, "answer": i % 4} for i in range(20)],
+        ("fancyzhx/ag_news", "train"): [
+            {"text": f"News item {i} about topic {i % 4} and what it means today", "label": i % 4}
+            for i in range(400)],
+    }
+
+
+def data_file(folder, name, split):
+    return folder / f"{name.replace('/', '_')}-{split}.jsonl"
 
 
 def local_hub(folder):
     """A model, a tokenizer and rows for every data set, all in local files."""
-    rows = {
-        "Salesforce/wikitext": [
-            {
-                "text": f" The {w} of the old town stood by the river until {i}, "
-                "when the council took it down and built a market there ."
-            }
-            for i, w in enumerate(["church", "bridge", "tower", "school"] * 60)
-        ],
-        "cais/wmdp": [
-            {
-                "question": f"Which part of the cell number {i} turns sugar into energy?",
-                "choices": ["the wall", "the mitochondrion", "water", "salt"],
-                "answer": 1,
-            }
-            for i in range(120)
-        ],
-        "cais/mmlu": [
-            {
-                "question": f"In which century was treaty {i} signed?",
-                "subject": "history",
-                "choices": ["first", "tenth", "last", "none"],
-                "answer": i % 4,
-            }
-            for i in range(20)
-        ],
-        "fancyzhx/ag_news": [
-            {"text": f"News item {i} about topic {i % 4} and what it means today", "label": i % 4}
-            for i in range(400)
-        ],
-    }
-    for name, items in rows.items():
-        path = folder / f"{name.replace('/', '_')}.jsonl"
-        path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    for place, items in rows().items():
+        data_file(folder, *place).write_text("".join(json.dumps(item) + "\n" for item in items))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"])
-    tokenizer.train_from_iterator([str(items) for items in rows.values()], trainer)
+    tokenizer.train_from_iterator([str(items) for items in rows().values()], trainer)
     wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>"
-    )
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>")
     config = transformers.GPTNeoXConfig(
-        vocab_size=400,
-        hidden_size=128,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        intermediate_size=256,
-    )
+        vocab_size=400, hidden_size=WIDTH, num_hidden_layers=5, num_attention_heads=4,
+        intermediate_size=256)
     torch.manual_seed(0)
     model = transformers.GPTNeoXForCausalLM(config)
     model.save_pretrained(folder / "model")
@@ -90,10 +93,10 @@ def local_hub(folder):
 
 def load_local(folder):
     """`datasets.load_dataset` for the files in `folder` alone."""
-    load = ex.datasets.load_dataset
+    load = datasets.load_dataset
 
-    def load_dataset(path, streaming=False, **_):
-        file = folder / f"{path.replace('/', '_')}.jsonl"
+    def load_dataset(path, split, streaming=False, **_):
+        file = data_file(folder, path, split)
         if not file.exists():
             raise FileNotFoundError(f"no {path} here")
         return load("json", data_files=str(file), split="train", streaming=streaming)
@@ -104,14 +107,17 @@ def load_local(folder):
 def prepare(folder, patch=setattr):
     """Pythia's code on the model and texts in `folder`, at a tiny budget."""
     for owner, name, value in (
-        (ex.datasets, "load_dataset", load_local(folder)),
-        (ex.Pythia, "model_name", str(folder / "model")),
-        (ex.Pythia, "revisions", {str(folder / "model"): "main"}),
-        (ex.Pythia, "check", lambda self: None),
-        (ex.Pythia, "fetch", lambda self: None),
+        (datasets, "load_dataset", load_local(folder)),
+        (Pythia, "model_name", str(folder / "model")),
+        (Pythia, "loadable_name", str(folder / "model")),
+        (Pythia, "revisions", {str(folder / "model"): "main"}),
+        (Pythia, "d_in", WIDTH),
+        (Pythia, "check", lambda self: None),
+        (Pythia, "fetch", lambda self: None),
         (ex, "BUDGETS", {"smoke": TINY}),
-        (ex, "MULTIPLIERS", (2.0, 8.0)),
-        (ex, "THRESHOLDS", (0.01, 0.9)),
+        (ex, "SIZES", {"smoke": TINY_SIZES}),
+        (unlearning, "MULTIPLIERS", (2.0, 8.0)),
+        (unlearning, "THRESHOLDS", (0.01, 0.9)),
     ):
         patch(owner, name, value)
 
@@ -153,12 +159,11 @@ def happen(event):
 
 def at_call(event, call, of, patch=setattr):
     """Let `event` happen at the `call`-th call of the function named `of`."""
-    owner, calls = ex, 0
-    *path, name = of.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    function = getattr(owner, name)
+    path, _, name = of.rpartition(".")
+    owner = pkgutil.resolve_name(path)
+    function, calls = getattr(owner, name), 0
 
+    @functools.wraps(function)
     def counted(*arguments, **options):
         nonlocal calls
         calls += 1
