@@ -11,12 +11,12 @@ Shapes are suffixes: B tokens of a batch, D residual width, F features, G groups
 group, K domains of text, N entries of a flat list, T tokens of a context.
 """
 
-import argparse
 import dataclasses
 import math
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,8 @@ try:
     from safetensors import SafetensorError
     from torch import Tensor, nn
 
-    from lab.console import Clock, Progress, UserError, progress, report, report_error, show
+    from lab.console import (Clock, Parser, Progress, UserError, progress, report, report_error,
+                             show)
     from lab.distributed import Interrupts, Processes, keep_freed_memory
     from lab.evaluations import evaluate
     from lab.grouping import (CoactivationSketch, GroupStatistics, group_features,
@@ -48,8 +49,10 @@ try:
     from lab.substrates.texts import SIZES
 except ModuleNotFoundError as missing:
     sys.exit(f"error: package {missing.name} is missing; pip install -r requirements.txt gives it")
-except (ImportError, OSError) as broken:
-    sys.exit(f"error: a package is installed but cannot be imported: {broken}")
+except Exception as broken:
+    place, reason = traceback.extract_tb(broken.__traceback__)[-1], " ".join(str(broken).split())
+    raise SystemExit(f"error: a package is there but cannot be imported: {type(broken).__name__}: "
+                     f"{reason} ({place.filename}, line {place.lineno})") from broken
 
 # --- The ten runs, and everything in which a run can differ -------------------------------------
 
@@ -968,10 +971,7 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # κ on an ASCII terminal
-    parser = argparse.ArgumentParser(
-        description="Train and evaluate sparse autoencoders with adaptive orthogonality.",
-        epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-    )
+    parser = Parser("Train and evaluate sparse autoencoders with adaptive orthogonality.", HELP)
     parser.add_argument("--out_dir", type=Path, required=True, help="run folder, run_1 … run_10")
     out_dir = parser.parse_args(arguments).out_dir
     quiet_libraries()

@@ -1,5 +1,6 @@
 """What a person at a terminal, or reading a log, is told: lines, progress, one-line errors."""
 
+import argparse
 import contextlib
 import os
 import sys
@@ -20,7 +21,7 @@ class UserError(Exception):
 
 def report(text: str) -> None:
     """One line on stderr, clear of progress bars."""
-    if IS_LEADER:
+    if IS_LEADER and sys.stderr is not None:  # tqdm would take stdout in its place
         with contextlib.suppress(OSError, ValueError):  # a closed stderr ends no run
             tqdm.write(text, file=sys.stderr)
 
@@ -38,6 +39,17 @@ def show(lines: list[str]) -> None:
             print("\n".join(lines), flush=True)
         except OSError:  # or Python complains once more when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose help is text as it was written, and ends quietly if nobody reads it."""
+
+    def __init__(self, description: str, epilog: str):
+        super().__init__(description=description, epilog=epilog, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def print_help(self, _file: Any = None) -> None:
+        show(self.format_help().splitlines())
 
 
 def at_terminal() -> bool:
@@ -126,7 +138,8 @@ def heartbeat() -> Iterator[None]:
 
     def beat() -> None:
         while not over.wait(HEARTBEAT):
-            report(Progress.open[-1].line())
+            for work in Progress.open[-1:]:  # it may have ended just now
+                report(work.line())
 
     if not at_terminal():
         threading.Thread(target=beat, daemon=True).start()

@@ -25,15 +25,36 @@ from lab.substrates.texts import (
 )
 
 
+class HubRefusal(UserError):
+    """The Hub is there and does not let this person read something."""
+
+
 @contextlib.contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """One line for whatever the Hub's clients raise: each version of theirs has its own kinds."""
+    """One line for whatever the Hub's clients raise: each version of theirs has its own kinds.
+
+    Raises HubRefusal where the Hub answers 401 or 403, otherwise UserError.
+    """
     try:
         yield
     except Exception as error:
+        if status := refusal(error):
+            raise HubRefusal(f"the Hugging Face Hub refuses {what} (status {status}); set HF_TOKEN "
+                             "to the token of an account that may read it, or set "
+                             "SAE_SUBSTRATE=standin") from error
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{what} cannot be had from the Hugging Face Hub or its cache "
                         f"({type(error).__name__}: {reason}); check network and HF_HOME") from error
+
+
+def refusal(error: BaseException | None) -> int | None:
+    """401 or 403 if the Hub answered that, to the error or to one that it was raised from."""
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            return status
+        error = error.__cause__ or error.__context__
+    return None
 
 
 class Pythia:
