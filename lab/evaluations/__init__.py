@@ -2,21 +2,29 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lab.console import Clock
 from lab.evaluations.conditioning import evaluate_conditioning
 from lab.evaluations.heldout import HeldOut
-from lab.evaluations.probing import evaluate_sparse_probing, probe_sets
+from lab.evaluations.probing import ProbeSet, evaluate_sparse_probing, probe_sets
 from lab.evaluations.reconstruction import evaluate_reconstruction
 from lab.evaluations.unlearning import evaluate_unlearning, feature_statistics
 from lab.sparse import ExportedSAE
 from lab.storage import checksum, code_digest, digest
 from lab.substrates import Substrate
+from lab.substrates.texts import DOMAINS, FORGET, RETAIN
 
 Results = dict[int, dict[str, dict[str, Any]]]  # by seed and evaluation
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation is given beside the SAE of a seed, and what that depends on."""
+
+    arguments: Callable[[int], tuple]
+    causes: tuple
 
 
 def evaluate(saes: Mapping[int, ExportedSAE], substrate: Substrate,
@@ -27,25 +35,16 @@ def evaluate(saes: Mapping[int, ExportedSAE], substrate: Substrate,
     chosen. Each evaluation is kept in the cache as soon as it is done, under a key of the weights,
     of what it is measured on and of its own code.
     """
-    heldout, processes = HeldOut(substrate), substrate.processes
-    sets = functools.cache(lambda: probe_sets(substrate))
-    samples = functools.cache(lambda: [learn_sample(domain) for domain in (0, 1)])
-    statistics = functools.cache(lambda seed: feature_statistics(saes[seed], samples()))
-    evaluations = {
-        evaluate_reconstruction: lambda seed: (heldout, statistics(seed).use_KF),
-        evaluate_conditioning: lambda seed: (heldout,),
-        evaluate_sparse_probing: lambda seed: (substrate, sets()),
-        evaluate_unlearning: lambda seed: (heldout, statistics(seed), seed),
-    }
+    evaluations, processes = evaluations_of(saes, substrate, learn_sample), substrate.processes
     names = {one: one.__name__.removeprefix("evaluate_") for one in evaluations}
     weights = {seed: checksum(sae.tensors(), "") for seed, sae in saes.items()}
-    text = digest(heldout.causes, substrate.sizes, substrate.learn.checksum(),
-                  substrate.corpus["probes"])
 
     def result(one: Callable, seed: int) -> dict[str, Any]:
-        causes = weights[seed], text, seed, code_digest(one, feature_statistics, ExportedSAE)
-        return substrate.cached(f"results/{names[one]}-{seed}",
-                                lambda: ({}, one(saes[seed], *evaluations[one](seed))), *causes)[1]
+        causes = (weights[seed], seed, code_digest(one, ExportedSAE, HeldOut, Substrate),
+                  *evaluations[one].causes)
+        return substrate.cached(
+            f"results/{names[one]}-{seed}",
+            lambda: ({}, one(saes[seed], *evaluations[one].arguments(seed))), *causes)[1]
 
     jobs = [(one, seed) for one in evaluations for seed in saes]
     done = {}
@@ -55,3 +54,22 @@ def evaluate(saes: Mapping[int, ExportedSAE], substrate: Substrate,
     processes.wait()
     return {seed: {names[one]: done.get((one, seed)) or result(one, seed) for one in evaluations}
             for seed in saes if not processes.rank}
+
+
+def evaluations_of(saes: Mapping[int, ExportedSAE], substrate: Substrate,
+                   learn_sample: Callable[[int], Tensor]) -> dict[Callable, Evaluation]:
+    """The evaluations in the order in which they are done."""
+    heldout, sizes = HeldOut(substrate), substrate.sizes
+    samples = [learn_sample(domain) for domain in (FORGET, RETAIN)]
+    statistics = functools.cache(lambda seed: feature_statistics(saes[seed], samples))
+    chosen_on = checksum(dict(zip(DOMAINS, samples)), ""), code_digest(feature_statistics)
+    probed = (sizes, substrate.sink_norm, digest(substrate.corpus["probes"]),
+              code_digest(probe_sets, ProbeSet))
+    return {
+        evaluate_reconstruction: Evaluation(lambda seed: (heldout, statistics(seed).use_KF),
+                                            (heldout.causes, chosen_on)),
+        evaluate_conditioning: Evaluation(lambda _: (heldout,), (heldout.causes,)),
+        evaluate_sparse_probing: Evaluation(lambda _: (substrate, probe_sets(substrate)), probed),
+        evaluate_unlearning: Evaluation(lambda seed: (heldout, statistics(seed), seed),
+                                        (heldout.causes, chosen_on, sizes.least_questions)),
+    }

@@ -1,17 +1,19 @@
 """Held-out text: what all evaluations of all SAEs are measured on, computed once a substrate."""
 
 import functools
+import re
 from typing import Any
 
+import scipy.stats
 import torch
 from torch import Tensor
 
 from lab.console import progress
-from lab.evaluations.prompt_trees import BRANCHES, PromptTrees, Questions
+from lab.evaluations.prompt_trees import BRANCHES, OPTIONS, PromptTrees, Questions
 from lab.language_model import LanguageModel, losses
 from lab.storage import code_digest, digest
 from lab.substrates import Substrate
-from lab.substrates.texts import DOMAINS, OTHER, Question
+from lab.substrates.texts import DOMAINS, FORGET, OTHER, RETAIN, Question
 
 
 class HeldOut:
@@ -26,30 +28,30 @@ class HeldOut:
         self.substrate = substrate
 
     @functools.cached_property
+    def text_causes(self) -> tuple:
+        """What determines residuals and losses."""
+        substrate = self.substrate
+        return (*substrate.causes, substrate.ask.checksum(), substrate.sizes.frontier_contexts,
+                substrate.sink_norm, code_digest(read_text, LanguageModel, Substrate))
+
+    @functools.cached_property
+    def question_causes(self) -> tuple:
+        """What determines the questions."""
+        substrate, sizes = self.substrate, self.substrate.sizes
+        return (*substrate.causes, sizes.question_candidates, sizes.questions,
+                digest(substrate.corpus["questions"]), code_digest(filter_questions, LanguageModel))
+
+    @property
     def causes(self) -> tuple:
         """What determines everything here."""
-        substrate, sizes = self.substrate, self.substrate.sizes
-        return (*substrate.causes, substrate.ask.checksum(), sizes.frontier_contexts,
-                substrate.sink_norm, sizes.question_candidates, sizes.questions,
-                digest(substrate.corpus["questions"]), code_digest(HeldOut, LanguageModel))
+        return *self.text_causes, *self.question_causes, code_digest(HeldOut)
 
     @functools.cached_property
     def tensors(self) -> dict[str, Tensor]:
-        ask, n_frontier = self.substrate.ask, self.substrate.sizes.frontier_contexts
-
-        def build() -> tuple[dict[str, Tensor], Any]:
-            lm = self.substrate.lm
-            parts = list(ask.tokens_NT.split(32))
-            x = torch.cat([lm.residual(part) for part in progress(parts, "held-out residuals")])
-            keep = self.substrate.is_plain(x)
-            rows = torch.cat([(ask.domain_N == k).nonzero()[:n_frontier, 0]
-                              for k in range(len(DOMAINS))])
-            tokens, ablated = ask.tokens_NT[rows], x[rows] * ~keep[rows][..., None]
-            return {"x": x.cpu(), "keep": keep.cpu(), "rows": rows,
-                    "base": losses(lm, tokens, x[rows]), "zero": losses(lm, tokens, ablated)}, None
-
-        kept = self.substrate.cached("heldout", build, self.causes)[0]
-        return {"tokens": ask.tokens_NT, "domain": ask.domain_N, **kept}
+        kept = self.substrate.cached("heldout", lambda: (read_text(self.substrate), None),
+                                     self.text_causes)[0]
+        return {"tokens": self.substrate.ask.tokens_NT, "domain": self.substrate.ask.domain_N,
+                **kept}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -59,10 +61,11 @@ class HeldOut:
         """Domains of the frontier contexts."""
         return self["domain"][self["rows"]]
 
-    def residuals(self) -> Tensor:
-        """Raw residuals [N, D] of forget and retain text, sinks left out."""
-        named = self["keep"] & (self["domain"] != OTHER)[:, None]
-        return self["x"][named].float()
+    def residuals(self, *domains: int) -> Tensor:
+        """Raw residuals [N, D] of these domains' text, forget and retain unless told, sinks left
+        out."""
+        chosen = torch.isin(self["domain"], torch.tensor(domains or (FORGET, RETAIN)))
+        return self["x"][self["keep"] & chosen[:, None]].float()
 
     @functools.cached_property
     def frontier(self) -> PromptTrees:
@@ -79,21 +82,60 @@ class HeldOut:
 
     @functools.cached_property
     def asked(self) -> tuple[Questions, dict[str, Any]]:
-        """The first `questions` of each domain that the unmodified model answers correctly, and
-        how many were asked and survived."""
-        sizes = self.substrate.sizes
-
-        def build() -> tuple[dict[str, Tensor], Any]:
-            lm = self.substrate.lm
-            kept, counts = [], {}
-            for domain, name in enumerate(DOMAINS[:OTHER]):
-                candidates = self.substrate.corpus["questions"][name][: sizes.question_candidates]
-                pairs = [(Question(*question), domain) for question in candidates]
-                questions = Questions.from_text(pairs, lm)
-                right = questions.right(questions.base_S).nonzero()[:, 0]
-                counts[name] = {"asked": len(pairs), "correct": len(right)}
-                kept += [pairs[q] for q in right.tolist()[: sizes.questions]]
-            return Questions.from_text(kept, lm).tensors(), counts
-
-        tensors, counts = self.substrate.cached("questions", build, self.causes)
+        """The questions that are asked, and by domain what the filter let through."""
+        tensors, counts = self.substrate.cached(
+            "questions", lambda: filter_questions(self.substrate), self.question_causes)
         return Questions(**tensors), counts
+
+
+def read_text(substrate: Substrate) -> dict[str, Tensor]:
+    """Residuals of all ask-half contexts; the frontier contexts, the first of each domain, and
+    their losses."""
+    lm, ask = substrate.lm, substrate.ask
+    parts = list(ask.tokens_NT.split(32))
+    x = torch.cat([lm.residual(part) for part in progress(parts, "held-out residuals")])
+    keep = substrate.is_plain(x)
+    rows = torch.cat([(ask.domain_N == k).nonzero()[: substrate.sizes.frontier_contexts, 0]
+                      for k in range(len(DOMAINS))])
+    tokens, ablated = ask.tokens_NT[rows], x[rows] * ~keep[rows][..., None]
+    return {"x": x.cpu(), "keep": keep.cpu(), "rows": rows,
+            "base": losses(lm, tokens, x[rows]), "zero": losses(lm, tokens, ablated)}
+
+
+def filter_questions(substrate: Substrate) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The first `questions` of each domain that the unmodified model answers correctly in both of
+    two wordings, laid out in the first; and by domain what was let through."""
+    lm, sizes = substrate.lm, substrate.sizes
+    kept, counts = [], {}
+    for domain, name in enumerate(DOMAINS[:OTHER]):
+        candidates = substrate.corpus["questions"][name][: sizes.question_candidates]
+        pairs = [(Question(*question), domain) for question in candidates]
+        again = [(paraphrased(question), domain) for question, _ in pairs]
+        right_Q, again_Q = (asked.right(asked.base_S) for asked in
+                            (Questions.from_text(part, lm) for part in (pairs, again)))
+        counts[name] = survival(right_Q, again_Q)
+        kept += [pairs[q] for q in (right_Q & again_Q).nonzero()[: sizes.questions, 0].tolist()]
+    return Questions.from_text(kept, lm).tensors(), counts
+
+
+def paraphrased(question: Question) -> Question:
+    """The same in other words: 'Definition: …, Term:' becomes 'Read this definition: …, The term
+    is', each in two lines. Raises ValueError where the prompt has another form."""
+    form = re.fullmatch(r"(\w[\w ]*): (.*)\n(\w[\w ]*):", question.prompt, re.S)
+    if not form:
+        raise ValueError(f"the prompt {question.prompt!r} is not two lines 'Label: …' and 'Cue:'")
+    empty = f"The {form[3].lower()} is"
+    return question._replace(prompt=f"Read this {form[1].lower()}: {form[2]}\n{empty}", empty=empty)
+
+
+def survival(right_Q: Tensor, again_Q: Tensor) -> dict[str, Any]:
+    """What the filter let through, beside what a model that guesses would.
+
+    `right` of `asked` under the first wording, `again` under the second, `survived` under both.
+    Guessing gets `expected_by_chance` right under a wording, and no more under both. `p_value` is
+    the chance that it gets `right` or more (binomial).
+    """
+    asked, right = len(right_Q), int(right_Q.sum())
+    return {"asked": asked, "right": right, "again": int(again_Q.sum()),
+            "survived": int((right_Q & again_Q).sum()), "expected_by_chance": asked / OPTIONS,
+            "p_value": float(scipy.stats.binom.sf(right - 1, asked, 1 / OPTIONS))}

@@ -1,7 +1,6 @@
 """Sparse probing: how well few features tell texts of a class from others."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,12 @@ from lab.substrates import Substrate
 from lab.substrates.texts import Sizes, shuffled
 
 K_VALUES = (1, 2, 5, 10, 20, 50)  # features that a sparse probe may use
-MOST_TEXTS = {"train": 600, "test": 600}  # a class
+SEED = 42  # of the choice of texts
+LEAST_TEXTS = 4  # of a part of a task
+TEXTS_AT_ONCE = 32  # through the language model
+TOKENS_AT_ONCE = 4096  # through the SAE
+
+Tasks = dict[str, dict[str, np.ndarray]]  # by class and part: texts, positives first
 
 
 class ProbeSet(NamedTuple):
@@ -31,7 +35,7 @@ class ProbeSet(NamedTuple):
     causes: tuple  # what determines all of these
 
     def pooled(self, add_: Callable[[Tensor, Tensor, Tensor], Any], width: int,
-               chunk: int = 4096) -> np.ndarray:
+               chunk: int = TOKENS_AT_ONCE) -> np.ndarray:
         """Mean over each text's tokens, float32 [texts, width]; `add_` adds up raw activations'
         rows in the total of the text that owns them."""
         total = torch.zeros(len(self.labels), width)
@@ -41,23 +45,24 @@ class ProbeSet(NamedTuple):
         return (total / counts[:, None]).numpy()
 
 
-def probe_sets(substrate: Substrate) -> list[ProbeSet]:
-    """Residuals at the hook of every probing text, real tokens only, from the cache if there."""
-    return [read_probe_set(substrate, name, content["rows"])
-            for name, content in substrate.corpus["probes"].items()]
+def probe_sets(substrate: Substrate) -> Iterator[ProbeSet]:
+    """Residuals at the hook of every probing text, real tokens only, from the cache if there; one
+    set at a time is in memory."""
+    for name, content in substrate.corpus["probes"].items():
+        yield read_probe_set(substrate, name, content["rows"])
 
 
 def read_probe_set(substrate: Substrate, name: str, rows: list) -> ProbeSet:
-    """Texts of a class in a fixed order, at most as many as the protocol uses."""
+    """Texts of a class in a fixed order, at most as many as a task has positives."""
     wanted = {"train": substrate.sizes.probe_train // 2, "test": substrate.sizes.probe_test // 2}
     chosen = []
     for label in sorted({label for _, label, _ in rows}):
         for part, most in wanted.items():
             texts = [row for row in rows if row[0] == part and row[1] == label]
-            chosen += shuffled(texts, "probe")[: min(most, MOST_TEXTS[part])]
+            chosen += shuffled(texts, f"probe {SEED}")[:most]
     texts = [text for _, _, text in chosen]
     causes = (digest(texts), substrate.sizes.context_length, substrate.sink_norm,
-              code_digest(text_residuals, LanguageModel))
+              code_digest(text_residuals, LanguageModel, Substrate))
     kept = substrate.cached(f"probe-{name.replace('/', '_')}",
                             lambda: (text_residuals(substrate, texts, name), None), *causes)[0]
     return ProbeSet(name, kept["acts"], kept["owner"], np.array([label for _, label, _ in chosen]),
@@ -70,7 +75,8 @@ def text_residuals(substrate: Substrate, texts: list[str], name: str) -> dict[st
     lm, limit = substrate.lm, substrate.sizes.context_length - 1
     documents = [ids[:limit] for ids in lm.tokenize(texts)]
     order = sorted(range(len(documents)), key=lambda i: len(documents[i]))
-    batches = [order[start : start + 32] for start in range(0, len(order), 32)]
+    batches = [order[start : start + TEXTS_AT_ONCE]
+               for start in range(0, len(order), TEXTS_AT_ONCE)]
     acts, owner = [], []
     for batch in progress(batches, f"probing texts of {name}"):
         width = max(len(documents[i]) for i in batch)
@@ -87,13 +93,15 @@ def text_residuals(substrate: Substrate, texts: list[str], name: str) -> dict[st
 
 
 def evaluate_sparse_probing(sae: ExportedSAE, substrate: Substrate,
-                            sets: list[ProbeSet]) -> dict[str, Any]:
+                            sets: Iterable[ProbeSet]) -> dict[str, Any]:
     """How well single features, or few, tell texts of a class from others; higher is better,
     chance is 0.5.
 
-    SAEBench's sparse probing without its choice of the full-width probe on test data. The
-    same probes on the raw residual stream (`llm_…`) are the reference. What it cannot tell:
-    whether a feature means the class or something that goes with it.
+    SAEBench's sparse probing; its full-width probe is trained otherwise, and chosen by its accuracy
+    on test data, which ours is not. The same probes on the raw residual stream (`llm_…`) are the
+    reference. `texts` of a data set are those that each class's task used. `skipped` has the sets
+    and classes without a task; they count for nothing. What it cannot tell: whether a feature
+    means the class or something that goes with it.
     """
 
     def add_features_(total_OF: Tensor, owner_N: Tensor, x_ND: Tensor) -> None:
@@ -101,59 +109,84 @@ def evaluate_sparse_probing(sae: ExportedSAE, substrate: Substrate,
         place_N = owner_N[code.row_N] * sae.d_sae + code.column_N
         total_OF.view(-1).index_add_(0, place_N, code.value_N)
 
-    details = []
+    details, skipped = [], {}
     for texts in sets:
-        table = probe_table(texts.pooled(add_features_, sae.d_sae), texts, substrate.sizes)
-        details.append({"dataset_name": f"{texts.name}_results",
-                        **{f"llm_{key}": value for key, value in llm_table(substrate,
-                                                                           texts).items()},
-                        **{f"sae_{key}": value for key, value in table.items()}})
-    names = [key for key in details[0] if key != "dataset_name"] if details else []
-    means = {name: float(np.mean([row[name] for row in details if name in row])) for name in names}
-    return {**means, "details": details}
+        tasks, left_out = probe_tasks(texts, substrate.sizes)
+        skipped |= left_out
+        if tasks:
+            tables = {"llm": llm_table(substrate, texts, tasks),
+                      "sae": probe_table(texts.pooled(add_features_, sae.d_sae), texts, tasks)}
+            details.append({"dataset_name": f"{texts.name}_results",
+                            **{f"{side}_{key}": accuracy for side, table in tables.items()
+                               for key, accuracy in table.items()}, "texts": sizes_of(tasks)})
+    names = [f"{side}_{score(k)}" for side in ("llm", "sae") for k in (*K_VALUES, None)]
+    return {**{name: float(np.mean([row[name] for row in details])) if details else None
+               for name in names}, "details": details, "skipped": skipped}
 
 
-def llm_table(substrate: Substrate, texts: ProbeSet) -> dict[str, float]:
-    """The same probes on the residual stream itself, computed once a substrate."""
+def llm_table(substrate: Substrate, texts: ProbeSet, tasks: Tasks) -> dict[str, float]:
+    """Probes on the residual stream itself, the same for all SAEs and so made once."""
     causes = (substrate.sizes.probe_train, substrate.sizes.probe_test, texts.causes,
-              code_digest(probe_table, add_rows_))
+              code_digest(probe_tasks, probe_table, add_rows_, ProbeSet))
     return substrate.cached(
         f"probe-llm-{texts.name.replace('/', '_')}",
-        lambda: ({}, probe_table(texts.pooled(add_rows_, texts.acts_ND.shape[1]), texts,
-                                 substrate.sizes)), *causes)[1]
+        lambda: ({}, probe_table(texts.pooled(add_rows_, texts.acts_ND.shape[1]), texts, tasks)),
+        *causes)[1]
 
 
 def add_rows_(total_OD: Tensor, owner_N: Tensor, x_ND: Tensor) -> None:
     total_OD.index_add_(0, owner_N, x_ND)
 
 
-def probe_table(features: np.ndarray, texts: ProbeSet, sizes: Sizes) -> dict[str, float]:
-    """Accuracies of one data set, mean over its classes one against the rest, by k."""
-    table: dict[str, list[float]] = {}
+def probe_tasks(texts: ProbeSet, sizes: Sizes) -> tuple[Tasks, dict[str, str]]:
+    """The binary task of each class that has the texts for one, and why others have none."""
+    tasks, left_out = {}, {}
     for label in np.unique(texts.labels):
-        parts = {}
-        for part, most in (("train", sizes.probe_train), ("test", sizes.probe_test)):
-            index = binary_task(texts.labels, texts.parts, part, label, most)
-            parts[part] = features[index], texts.labels[index] == label
-        if min(len(parts["train"][1]), len(parts["test"][1])) < 4:
-            continue  # too few texts of this class for a task: it does not count
+        task = {part: binary_task(texts.labels, texts.parts, part, label, most)
+                for part, most in (("train", sizes.probe_train), ("test", sizes.probe_test))}
+        if min(map(len, task.values())) >= LEAST_TEXTS:
+            tasks[str(label)] = task
+        else:
+            left_out[f"{texts.name}, class {label}"] = (
+                f"its task would have {len(task['train'])} training and {len(task['test'])} test "
+                f"texts; {LEAST_TEXTS} of each are needed")
+    return tasks, left_out if tasks else {texts.name: "no class has the texts for a task"}
+
+
+def sizes_of(tasks: Tasks) -> dict[str, dict[str, int]]:
+    """Texts of each class's task by part; half of them are of the class."""
+    return {label: {part: len(index) for part, index in task.items()}
+            for label, task in tasks.items()}
+
+
+def score(k: int | None) -> str:
+    """SAEBench's name of the accuracy on k columns, or on all."""
+    return "test_accuracy" if k is None else f"top_{k}_test_accuracy"
+
+
+def probe_table(features: np.ndarray, texts: ProbeSet, tasks: Tasks) -> dict[str, float]:
+    """Accuracies of one data set, mean over its classes one against the rest, by k."""
+    table: dict[str, list[float]] = {score(k): [] for k in (*K_VALUES, None)}
+    for label, task in tasks.items():
+        parts = [(features[index], texts.labels[index] == label)
+                 for index in (task["train"], task["test"])]
         for k in (*K_VALUES, None):
-            name = "test_accuracy" if k is None else f"top_{k}_test_accuracy"
-            table.setdefault(name, []).append(probe_accuracy(parts["train"], parts["test"], k))
+            table[score(k)].append(probe_accuracy(*parts, k))
     return {name: float(np.mean(values)) for name, values in table.items()}
 
 
 def binary_task(labels: np.ndarray, parts: np.ndarray, part: str, label: str,
                 most: int) -> np.ndarray:
-    """Texts of one class, and as many of all other classes in equal numbers; positives first."""
+    """Texts of one class, and as many of all other classes, of each equally many as far as they
+    go; positives first, at most `most` texts in all."""
     inside = parts == part
     positive = np.flatnonzero(inside & (labels == label))[: most // 2]
-    others = [name for name in np.unique(labels) if name != label]
-    each = math.ceil(len(positive) / max(1, len(others)))
-    pools = [np.flatnonzero(inside & (labels == name))[:each] for name in others]
-    negative = np.concatenate(pools)[: len(positive)] if pools else positive[:0]
-    positive = positive[: len(negative)]
-    return np.concatenate([positive, negative])
+    others = [np.flatnonzero(inside & (labels == name)) for name in np.unique(labels)
+              if name != label]
+    turn = np.concatenate([np.arange(len(pool)) for pool in others] or [positive[:0]])
+    pooled = np.concatenate(others or [positive[:0]])
+    negative = pooled[np.argsort(turn, kind="stable")][: len(positive)]
+    return np.concatenate([positive[: len(negative)], negative])
 
 
 def probe_accuracy(train: tuple, test: tuple, k: int | None) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lab.evaluations.heldout import HeldOut
 from lab.language_model import losses
 from lab.sparse import ExportedSAE
-from lab.substrates.texts import FORGET, OTHER, RETAIN
+from lab.substrates.texts import DOMAINS, FORGET, OTHER, RETAIN
 
 DUPLICATE_COSINE = 0.9  # two features this close count as duplicates
 SERVES_ONE = 0.9  # part of a feature's use from which it counts as of that domain
@@ -18,8 +18,9 @@ def evaluate_reconstruction(sae: ExportedSAE, heldout: HeldOut, use_KF: Tensor) 
     """What is preserved of held-out text of both domains in equal parts; sinks stay as they are.
 
     ce_score = (CE_zero − CE_sae)/(CE_zero − CE_unmodified): 1 where splicing the SAE in changes
-    nothing, 0 where it is as bad as zeros (SAEBench core). `use_KF`: mean activations of features
-    by domain on learn text.
+    nothing, 0 where it is as bad as zeros (SAEBench core). `by_domain` has the same of each text by
+    itself, the third one too: equal L0 on the first two does not mean equal L0 there.
+    `use_KF`: mean activations of features by domain on learn text.
     """
     named = heldout.domain_R != OTHER
     rows = heldout["rows"][named]
@@ -28,44 +29,60 @@ def evaluate_reconstruction(sae: ExportedSAE, heldout: HeldOut, use_KF: Tensor) 
     ce_sae = losses(heldout.substrate.lm, heldout["tokens"][rows], spliced)
     ce, zero, base = (float(part.double().mean())
                       for part in (ce_sae, heldout["zero"][named], heldout["base"][named]))
-    return {**reconstruction_metrics(sae, heldout.residuals()), **decoder_metrics(sae, use_KF),
+    totals = [reconstruction_sums(sae, heldout.residuals(k)) for k in range(len(DOMAINS))]
+    both = {name: totals[FORGET][name] + totals[RETAIN][name] for name in totals[FORGET]}
+    return {**metrics_of(both), **decoder_metrics(sae, use_KF),
+            "by_domain": {name: metrics_of(part) for name, part in zip(DOMAINS, totals)},
             "ce_sae": ce, "ce_zero": zero, "ce_base": base,
             "ce_score": (zero - ce) / (zero - base) if zero != base else None}
 
 
-@torch.no_grad()
 def reconstruction_metrics(sae: ExportedSAE, x_ND: Tensor, chunk: int = 4096) -> dict[str, Any]:
-    """SAEBench core's reconstruction and sparsity metrics, sums over the whole sample in float64.
+    """SAEBench core's reconstruction and sparsity metrics of raw residuals, sums over the whole
+    sample in float64.
 
     explained_variance = 1 − E‖x − x̂‖²/(E‖x‖² − ‖E x‖²): higher is better, 1 is perfect, 0 is what
     the mean gives. mse is E‖x − x̂‖² and l1 the summed activation a token, both in raw units; l0 is
     active features a token; cosine and l2_ratio are best at 1. frac_alive is the share of features
     that fire in the sample, whose size is `tokens`.
     """
-    sums = dict.fromkeys(("error", "square", "l0", "l1", "cosine", "ratio"), 0.0)
-    mean_D = torch.zeros(x_ND.shape[1], dtype=torch.float64)
-    fired_F = torch.zeros(sae.d_sae)
-    for x in x_ND.split(chunk):
+    return metrics_of(reconstruction_sums(sae, x_ND, chunk))
+
+
+@torch.no_grad()
+def reconstruction_sums(sae: ExportedSAE, x_ND: Tensor, chunk: int = 4096) -> dict[str, Any]:
+    """What `metrics_of` needs, each a sum over tokens, so that samples add up."""
+    sums: dict[str, Any] = dict.fromkeys(("error", "square", "l0", "l1", "cosine", "ratio"), 0.0)
+    sums |= {"tokens": len(x_ND), "x_D": torch.zeros(x_ND.shape[1], dtype=torch.float64),
+             "fired_F": torch.zeros(sae.d_sae, dtype=torch.float64)}
+    for x in x_ND.split(chunk) if len(x_ND) else ():
         code = sae.code(x)
         x_hat = code.z_hat_BD
         sums["error"] += float((x - x_hat).double().square().sum())
         sums["square"] += float(x.double().square().sum())
-        mean_D += x.double().sum(0)
+        sums["x_D"] += x.double().sum(0)
         sums["l0"] += len(code.value_N)
         sums["l1"] += float(code.value_N.double().sum())
         sums["cosine"] += float(nn.functional.cosine_similarity(x, x_hat, dim=1).double().sum())
         sums["ratio"] += float((x_hat.norm(dim=1) / x.norm(dim=1).clamp(min=1e-9)).double().sum())
-        fired_F += torch.bincount(code.column_N, minlength=sae.d_sae)
-    n = len(x_ND)
-    variance = sums["square"] / n - float((mean_D / n).square().sum())
-    rate_F = fired_F / n
+        sums["fired_F"] += torch.bincount(code.column_N, minlength=sae.d_sae)
+    return sums
+
+
+def metrics_of(sums: dict[str, Any]) -> dict[str, Any]:
+    """Means over the tokens that went into the sums; of no token all are None."""
+    n = sums["tokens"]
+    mean = {name: sums[name] / n if n else None for name in sums}
+    variance = mean["square"] - float(mean["x_D"].square().sum()) if n else 0.0
+    varies = n and variance > 1e-9 * mean["square"]  # below, it is rounding
+    rate_F = mean["fired_F"]
+    more_than = {"frac_alive": 0.0, "freq_over_1_percent": 0.01, "freq_over_10_percent": 0.1}
     return {
-        "tokens": n, "l0": sums["l0"] / n, "l1": sums["l1"] / n, "mse": sums["error"] / n,
-        "explained_variance": 1 - sums["error"] / n / variance if variance > 0 else None,
-        "cosine": sums["cosine"] / n, "l2_ratio": sums["ratio"] / n,
-        "frac_alive": float((rate_F > 0).float().mean()),
-        "freq_over_1_percent": float((rate_F > 0.01).float().mean()),
-        "freq_over_10_percent": float((rate_F > 0.1).float().mean()),
+        "tokens": n, "l0": mean["l0"], "l1": mean["l1"], "mse": mean["error"],
+        "explained_variance": 1 - mean["error"] / variance if varies else None,
+        "cosine": mean["cosine"], "l2_ratio": mean["ratio"],
+        **{name: float((rate_F > rate).double().mean()) if n else None
+           for name, rate in more_than.items()},
     }
 
 

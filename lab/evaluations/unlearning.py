@@ -36,6 +36,7 @@ class FeatureStatistics(NamedTuple):
     rate_KF: Tensor  # fraction of tokens on which a feature fires
     use_KF: Tensor  # mean activation over all tokens
     size_F: Tensor  # mean activation on the forget tokens on which it fires
+    tokens_K: tuple[int, ...]  # of how many tokens these are
 
 
 def feature_statistics(sae: ExportedSAE, samples: Sequence[Tensor]) -> FeatureStatistics:
@@ -50,7 +51,8 @@ def feature_statistics(sae: ExportedSAE, samples: Sequence[Tensor]) -> FeatureSt
         rates.append(fired / len(sample))
         uses.append(total / len(sample))
     size_F = uses[FORGET] / rates[FORGET].clamp(min=1e-12)
-    return FeatureStatistics(torch.stack(rates), torch.stack(uses), size_F)
+    return FeatureStatistics(torch.stack(rates), torch.stack(uses), size_F,
+                             tuple(map(len, samples)))
 
 
 def select_features(rate_KF: Tensor, threshold: float, n: int) -> Tensor:
@@ -146,8 +148,9 @@ def evaluate_unlearning(sae: ExportedSAE, heldout: HeldOut, statistics: FeatureS
     retain text and on a third text: telling the two labelled texts apart by anything but their
     subject must not pay. `area_labelled` counts retain text alone. `score` is SAEBench's, and
     coarse. `accuracy_area` is the area of question accuracies, over settings that keep 95 % of the
-    retain answers; at others accuracies are null. Limit: cross-entropy may rise because output is
-    disturbed rather than because knowledge is gone. The questions are the check on that.
+    retain answers; at others accuracies are null. Both are null, for a `score_reason`, where too
+    few questions survive the filter. Limit: cross-entropy may rise because output is disturbed
+    rather than because knowledge is gone. The questions are the check on that.
     """
     settings, effects = [], []
     for threshold in THRESHOLDS:
@@ -165,6 +168,7 @@ def evaluate_unlearning(sae: ExportedSAE, heldout: HeldOut, statistics: FeatureS
             done[key] = Effect(rises(sae, heldout, clamp), *answers(sae, heldout, clamp))
         effects.append(done[key])
     return {**summarize_unlearning(settings, effects, heldout),
+            "frequency_tokens": dict(zip(DOMAINS, statistics.tokens_K)),
             "control": control_effects(sae, heldout, statistics, seed),
             "selected": {str(t): select_features(statistics.rate_KF, t, max(SET_SIZES)).tolist()
                          for t in THRESHOLDS}}
@@ -193,17 +197,16 @@ def summarize_unlearning(settings: list[dict], effects: list[Effect],
     texts = [rise_SR[:, heldout.domain_R.numpy() == k] for k in range(len(DOMAINS))]
     right_SQ = np.stack([effect.right_Q.numpy() for effect in effects])
     replies = [right_SQ[:, questions.domain_Q.numpy() == k] for k in (FORGET, RETAIN)]
-    enough = min(part.shape[1] for part in replies) >= 1
+    reason = too_few(replies, heldout.substrate.sizes.least_questions)
     for i, setting in enumerate(settings):
-        asked = enough and effects[i].asked
-        setting |= {f"{name}_accuracy": float(part[i].mean()) if asked else None
+        asked = effects[i].asked
+        setting |= {f"{name}_accuracy": float(part[i].mean()) if asked and part.shape[1] else None
                     for name, part in zip(DOMAINS, replies)}
         setting |= {f"{name}_ce_rise": float(part[i].mean()) if part.shape[1] else None
                     for name, part in zip(DOMAINS, texts)}
     return {"settings": settings, "counts": counts,
             **{f"n_{name}_questions": part.shape[1] for name, part in zip(DOMAINS, replies)},
-            **areas(texts, replies),
-            "score_reason": None if enough else "no question of a domain survives the filter",
+            **areas(texts, replies, enough=reason is None), "score_reason": reason,
             "samples": {
                 **{f"{name}_rise": np.round(part, 4).tolist()
                    for name, part in zip(DOMAINS, texts)},
@@ -211,17 +214,30 @@ def summarize_unlearning(settings: list[dict], effects: list[Effect],
                    for name, part in zip(DOMAINS, replies)}}}
 
 
-def areas(texts: list[np.ndarray], replies: list[np.ndarray]) -> dict[str, Any]:
-    """Summary numbers with 95 % intervals over texts or questions, and the frontier at COSTS."""
+def too_few(replies: list[np.ndarray], least: int) -> str | None:
+    """Why there is no score; None where enough questions of both domains are asked."""
+    few = [f"{part.shape[1]} {name} questions" for name, part in zip(DOMAINS, replies)
+           if part.shape[1] < max(1, least)]
+    return f"{' and '.join(few)} survive the filter; a score needs {least}" if few else None
+
+
+def areas(texts: list[np.ndarray], replies: list[np.ndarray], enough: bool) -> dict[str, Any]:
+    """Summary numbers with 95 % intervals over texts or questions, and the frontier at COSTS.
+
+    What is measured on texts or questions that there are none of, or not `enough`, is None.
+    """
     usable = texts if texts[OTHER].shape[1] else texts[:OTHER]
+    labelled = all(part.shape[1] for part in texts[:OTHER])
     result: dict[str, Any] = {}
-    for name, statistic, samples in (("area", unlearning_area, usable),
-                                     ("area_labelled", unlearning_area, texts[:OTHER]),
-                                     ("accuracy_area", accuracy_area, replies),
-                                     ("score", official_score, replies)):
-        sound = all(part.shape[1] for part in samples)
+    for name, statistic, samples, sound in (("area", unlearning_area, usable, labelled),
+                                            ("area_labelled", unlearning_area, texts[:OTHER],
+                                             labelled),
+                                            ("accuracy_area", accuracy_area, replies, enough),
+                                            ("score", official_score, replies, enough)):
         result[name] = statistic(*samples) if sound else None
         result[f"{name}_interval"] = interval(resampled(statistic, *samples)) if sound else None
+    if not labelled:
+        return {**result, **{f"forget_rise_at_{at}": None for at in COSTS}}
     cost = np.max([part.mean(1) for part in usable[1:]], axis=0)
     gain = concave_envelope(cost, texts[FORGET].mean(1), np.array(COSTS))
     return {**result, **{f"forget_rise_at_{at}": float(rise) for at, rise in zip(COSTS, gain)}}

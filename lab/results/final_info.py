@@ -20,10 +20,10 @@ import torch
 
 from lab.console import Clock, UserError, report
 from lab.evaluations import Results
-from lab.evaluations.probing import K_VALUES
+from lab.evaluations.probing import K_VALUES, SEED, TEXTS_AT_ONCE, TOKENS_AT_ONCE
 from lab.evaluations.unlearning import COSTS
 from lab.results.checksum import is_unaltered, result_checksum
-from lab.results.exports import SAE_LENS_VERSION, sae_cfg_dict
+from lab.results.exports import sae_cfg_dict
 from lab.results.statistics import (
     accuracy_area,
     differences,
@@ -59,30 +59,37 @@ def best_run(study: Path, candidates: Sequence[str], budget: str,
              settings: Sequence[str]) -> dict[str, Any]:
     """`settings` of the candidate in the folder `study` with the largest unlearning area.
 
-    Raises UserError naming candidates that are missing, or not comparable with each other.
+    Raises UserError naming candidates that are missing or have no area, or are not comparable with
+    each other.
     """
     results = {name: read_result(study / name) for name in candidates}
     usable = {name: info for name, info in results.items()
               if info and info["budget"] == budget
+              and isinstance(info["means"].get("unlearning_area"), int | float)
               and all(isinstance(info["config"].get(key), int | float) for key in settings)}
     if missing := [name for name in candidates if name not in usable]:
         raise UserError(f"this run repeats the best of {candidates[0]} to {candidates[-1]} and "
-                        f"needs them finished at budget {budget!r} in {study.resolve()}; missing: "
-                        f"{', '.join(missing)}. Run those first.")
+                        f"needs them finished, with an unlearning area, at budget {budget!r} in "
+                        f"{study.resolve()}; missing: {', '.join(missing)}. Run those first.")
     first = usable[candidates[0]]
     for name, info in usable.items():
         if unlike := differences(first, info):
             raise UserError(f"{name} and {candidates[0]} in {study.resolve()} differ in "
                             f"{', '.join(unlike)}; repeat the odd ones")
-    best = max(candidates, key=lambda name: usable[name]["means"].get("unlearning_area") or 0.0)
+    best = max(candidates, key=lambda name: usable[name]["means"]["unlearning_area"])
     return {key: usable[best]["config"][key] for key in settings}
 
 
 def flat_metrics(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     """One seed's numbers under one name each."""
-    flat = {key: value for key, value in parts["reconstruction"].items() if key != "tokens"}
+    reconstruction = parts["reconstruction"]
+    flat = {key: value for key, value in reconstruction.items()
+            if key not in ("tokens", "by_domain")}
+    flat |= {f"{key}_{name}": metrics[key] for name, metrics in reconstruction["by_domain"].items()
+             for key in ("l0", "explained_variance", "frac_alive")}
     flat |= {key: value for key, value in parts["conditioning"].items() if np.isscalar(value)}
-    flat |= {key: value for key, value in parts["sparse_probing"].items() if key != "details"}
+    flat |= {key: value for key, value in parts["sparse_probing"].items()
+             if key.endswith("accuracy")}
     for key in ("area", "area_labelled", "score"):
         flat[f"unlearning_{key}"] = parts["unlearning"][key]
     for key in ("accuracy_area", *(f"forget_rise_at_{cost}" for cost in COSTS)):
@@ -94,13 +101,18 @@ def means_and_stderrs(rows: list[dict[str, float | None]]) -> tuple[dict, dict]:
     """Over seeds, by metric. One that is missing for a seed has neither."""
     means: dict[str, float | None] = {}
     stderrs: dict[str, float | None] = {}
-    for name in rows[0]:
+    for name in names_of(rows):
         values = [row.get(name) for row in rows]
         usable = all(value is not None and math.isfinite(value) for value in values)
         mean, stderr = mean_stderr(values) if usable else (None, None)
         means[name] = float(mean) if usable else None
         stderrs[name] = float(stderr) if usable and len(values) > 1 else None
     return means, stderrs
+
+
+def names_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Keys of all rows, in the order in which they first appear: no single row decides for all."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 SAMPLED = {  # metrics of texts or questions: the statistic, its units, and their domains
@@ -140,8 +152,8 @@ def compare(info: Info, other: Info) -> dict[str, Any] | None:
     samples = [[part["samples"] for part in side["unlearning"]["per_seed"]]
                for side in (info, other)]
     result: dict[str, Any] = {}
-    for name in rows[0]:
-        pairs = [(row[name], theirs[row["seed"]].get(name)) for row in rows]
+    for name in names_of(rows):
+        pairs = [(row.get(name), theirs[row["seed"]].get(name)) for row in rows]
         if name == "seed" or any(value is None for pair in pairs for value in pair):
             continue
         mean, stderr = mean_stderr([ours - their for ours, their in pairs])
@@ -185,22 +197,15 @@ def sampling_error(name: str, ours: list[dict], theirs: list[dict],
 def sae_bench_part(info: Info, substrate: Substrate, probing: list[dict]) -> Info:
     """The keys of SAEBench's sparse-probing output, as run_0 has them."""
     config, source = info["config"], substrate.source
-    details = [averaged(same) for same in zip(*(part["details"] for part in probing))]
+    details = [averaged(name, [part["details"] for part in probing])
+               for name in probed_sets(probing)]
     metrics = {side: {f"{side}_{kind}test_accuracy":
                       info["means"].get(f"{side}_{kind}test_accuracy")
                       for kind in ("", *(f"top_{k}_" for k in (*K_VALUES, 100)))}
                for side in ("llm", "sae")}
     return {
         "eval_type_id": "sparse_probing",
-        "eval_config": {
-            "random_seed": 42,
-            "dataset_names": [row["dataset_name"].removesuffix("_results") for row in details],
-            "probe_train_set_size": substrate.sizes.probe_train,
-            "probe_test_set_size": substrate.sizes.probe_test,
-            "context_length": substrate.sizes.context_length, "sae_batch_size": 125,
-            "llm_batch_size": 32, "llm_dtype": substrate.precision,
-            "model_name": source.model_name, "k_values": list(K_VALUES), "lower_vram_usage": False,
-        },
+        "eval_config": probing_config(substrate, details),
         "eval_id": str(uuid.uuid5(uuid.NAMESPACE_OID,
                                   digest(info["run"], config, source.fingerprint))),
         "datetime_epoch_millis": int(time.time() * 1000),
@@ -208,7 +213,7 @@ def sae_bench_part(info: Info, substrate: Substrate, probing: list[dict]) -> Inf
         "eval_result_details": details,
         "sae_bench_commit_hash": "none: computed by experiment.py",
         "sae_lens_id": info["run"], "sae_lens_release_id": f"{source.model_name}_{info['run']}",
-        "sae_lens_version": SAE_LENS_VERSION,
+        "sae_lens_version": None,  # SAELens had no part in it
         "sae_cfg_dict": sae_cfg_dict(config, source),
         "eval_result_unstructured": None,
         "training_steps": config["steps"], "final_loss": info["means"].get("final_loss"),
@@ -217,12 +222,36 @@ def sae_bench_part(info: Info, substrate: Substrate, probing: list[dict]) -> Inf
     }
 
 
-def averaged(details: Sequence[Mapping[str, Any]]) -> Info:
-    """One data set's probing numbers, mean over seeds."""
-    keys = [key for key in details[0] if key != "dataset_name"]
-    return {"dataset_name": details[0]["dataset_name"],
-            **{key: float(np.mean([part[key] for part in details])) for key in keys},
-            "llm_top_100_test_accuracy": None, "sae_top_100_test_accuracy": None}
+def probed_sets(probing: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Data sets that some seed was probed on."""
+    return list(dict.fromkeys(row["dataset_name"] for part in probing for row in part["details"]))
+
+
+def probing_config(substrate: Substrate, details: Sequence[Mapping[str, Any]]) -> Info:
+    """SAEBench's settings as they were: set sizes are those of the largest task, `texts` has all;
+    batches in texts of full length."""
+    sizes = [task for row in details for task in row["texts"].values()]
+    largest = {part: max((task[part] for task in sizes), default=0) for part in ("train", "test")}
+    names = [row["dataset_name"].removesuffix("_results") for row in details]
+    length = substrate.sizes.context_length
+    return {
+        "random_seed": SEED, "dataset_names": names,
+        "probe_train_set_size": largest["train"], "probe_test_set_size": largest["test"],
+        "context_length": length, "sae_batch_size": max(1, TOKENS_AT_ONCE // length),
+        "llm_batch_size": TEXTS_AT_ONCE, "llm_dtype": substrate.precision,
+        "model_name": substrate.source.loadable_name or substrate.source.model_name,
+        "k_values": list(K_VALUES), "lower_vram_usage": False,
+        "texts": {name: row["texts"] for name, row in zip(names, details)},
+    }
+
+
+def averaged(name: str, details: Sequence[Sequence[Mapping[str, Any]]]) -> Info:
+    """One data set's probing numbers, mean over the seeds; None where one lacks it."""
+    rows = [row for part in details for row in part if row["dataset_name"] == name]
+    scores = [key for key in names_of(rows) if key.endswith("accuracy")]
+    means = means_and_stderrs([{key: row.get(key) for key in scores} for row in rows])[0]
+    return {"dataset_name": name, **means, "llm_top_100_test_accuracy": None,
+            "sae_top_100_test_accuracy": None, "texts": rows[0]["texts"]}
 
 
 def environment(substrate: Substrate) -> Info:
@@ -255,16 +284,17 @@ def collect(run: str, budget: str, config: Info, results: Results, histories: di
     rows = [{**flat_metrics(parts), "final_loss": losses[seed][-1] if losses[seed] else None}
             for seed, parts in results.items()]
     means, stderrs = means_and_stderrs(rows)
+    probing = [parts["sparse_probing"] for parts in results.values()]
     info: Info = {
         "run": run, "substrate": substrate.name, "budget": budget, "config": config,
         "means": means, "stderrs": stderrs,
         "seeds": [{"seed": seed, **row} for seed, row in zip(results, rows)],
         **{part: {"per_seed": [parts[part] for parts in results.values()]}
            for part in ("reconstruction", "conditioning", "unlearning")},
-        "skipped": substrate.corpus["skipped"], "environment": environment(substrate),
+        "skipped": {**substrate.corpus["skipped"], **probing[0]["skipped"]},
+        "environment": environment(substrate),
     }
     info["comparisons"] = comparisons(info, study)
-    probing = [parts["sparse_probing"] for parts in results.values()]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     info = {**sae_bench_part(info, substrate, probing), **info, "timing": {
         **{f"{phase}_seconds": seconds for phase, seconds in clock.seconds.items()},

@@ -25,6 +25,7 @@ class Sizes:
     frontier_contexts: int = 12  # a domain, the ones whose cross-entropy is measured
     question_candidates: int = 420  # a domain, before the filter
     questions: int = 200  # a domain, after it
+    least_questions: int = 20  # a domain, with fewer of which a score is undefined
     probe_train: int = 4000  # texts a binary probing task, where the data allow
     probe_test: int = 1000
 
@@ -32,8 +33,8 @@ class Sizes:
 SIZES = {
     "full": Sizes(),
     "smoke": Sizes(learn_tokens=30_000, frequency_tokens=8_000, heldout_contexts=24,
-                   frontier_contexts=2, question_candidates=16, questions=5, probe_train=80,
-                   probe_test=40),
+                   frontier_contexts=2, question_candidates=16, questions=5, least_questions=2,
+                   probe_train=80, probe_test=40),
 }
 
 
