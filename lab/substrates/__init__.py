@@ -16,7 +16,7 @@ from lab.console import UserError, report
 from lab.distributed import Processes
 from lab.language_model import LanguageModel, faster_dtype
 from lab.storage import Cache, checksum, code_digest, digest, randomness
-from lab.substrates.pythia import Pythia
+from lab.substrates.pythia import HubRefusal, Pythia
 from lab.substrates.standin import Standin
 from lab.substrates.texts import DOMAINS, Sizes, pack_contexts
 
@@ -24,7 +24,10 @@ SINK_FACTOR = 10.0  # a token this many median norms long is an attention sink
 
 
 def choose_source(choice: str, cache: Cache) -> Standin | Pythia:
-    """`auto` prefers Pythia and falls back to the stand-in, saying so in one line."""
+    """`auto` prefers Pythia; where the Hub is not to be had, the stand-in, saying so in one line.
+
+    A Hub that is there and refuses is no such case: raises HubRefusal, which names the cure.
+    """
     if choice not in ("auto", "pythia", "standin"):
         raise UserError(f"SAE_SUBSTRATE={choice!r} is unknown; use auto, pythia or standin")
     if choice == "standin":
@@ -33,6 +36,8 @@ def choose_source(choice: str, cache: Cache) -> Standin | Pythia:
     try:
         pythia.check()
         return pythia
+    except HubRefusal:
+        raise
     except UserError as reason:
         if choice == "pythia":
             raise
@@ -42,7 +47,8 @@ def choose_source(choice: str, cache: Cache) -> Standin | Pythia:
 
 def quiet_libraries() -> None:
     """Silence what a user cannot act on; errors still come through."""
-    os.environ |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     transformers.utils.logging.set_verbosity_error()
@@ -111,10 +117,8 @@ class Substrate:
 
     @functools.cached_property
     def ask(self) -> Contexts:
-        """What is evaluated on; of the third text, which no label names, a few contexts."""
-        sizes = self.sizes
-        return self.contexts("ask", (sizes.heldout_contexts, sizes.heldout_contexts,
-                                     sizes.frontier_contexts))
+        """What is evaluated on, the third text, which no label names, included."""
+        return self.contexts("ask", (self.sizes.heldout_contexts,) * len(DOMAINS))
 
     def contexts(self, half: str, most: tuple[int, ...]) -> Contexts:
         """Packed contexts of a half, at most `most[k]` of domain k; learn text shares the room."""
