@@ -70,7 +70,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "run_10": dict(purpose="the best of runs 1-5 on fresh seeds", orthogonality="adaptive",
                    first_seed=100),
 }
-ROWS = "\n".join(f"  {name:7s} {row['purpose']}" for name, row in RUNS.items())
+ROWS = "\n".join(f"  {name:7s} {row.get('purpose', '')}" for name, row in RUNS.items())
 CANDIDATES = ("run_1", "run_2", "run_3", "run_4", "run_5")  # of which run_10 repeats the best
 BUDGETS: dict[str, dict[str, Any]] = {  # how much is trained; how much text: lab's SIZES
     "full": {},
@@ -84,7 +84,7 @@ MODES = ("off", "fixed", "adaptive", "max_cosine", "gram_encoder")
 class CustomSAEConfig:
     """One row of the study. Defaults are shared by all runs; RUNS holds the differences."""
 
-    purpose: str
+    purpose: str = ""
     """What the run is there to find out."""
     orthogonality: str = "adaptive"
     """What keeps features apart, one of MODES: nothing; L_dir with equal weights; L_dir and L_use
@@ -98,7 +98,7 @@ class CustomSAEConfig:
     regroup_every: int = 250
     """Steps between two groupings; the first is when α has ramped up."""
     group_size: int = 64
-    """Features a group, fewer than D."""
+    """Features a group, from 2 to D − 1."""
     sketch_size: int = 512
     """Columns of the sketch in which firing together is counted."""
     share_min: float = -8.0
@@ -152,17 +152,18 @@ class CustomSAEConfig:
             elif field.type is float:
                 self.require(field.name, number, "use a finite number")
         self.require("orthogonality", self.orthogonality in MODES, f"use {', '.join(MODES)}")
-        for name in ("steps", "batch_size", "expansion", "group_size", "sketch_size", "n_seeds",
-                     "direction_every", "regroup_every", "resample_every", "log_every",
-                     "checkpoint_every"):
+        for name in ("steps", "batch_size", "expansion", "sketch_size", "n_seeds", "log_every",
+                     "direction_every", "regroup_every", "resample_every", "checkpoint_every"):
             self.require(name, getattr(self, name) >= 1, "use at least 1")
         for name in ("alpha", "eta", "warmup_steps", "first_seed"):
             self.require(name, getattr(self, name) >= 0, "use at least 0")
         for name in ("learning_rate", "target_l0", "sparsity_penalty", "sparsity_rate",
-                     "share_even", "kappa_max"):
+                     "share_even"):
             self.require(name, getattr(self, name) > 0, "use more than 0")
         for name in ("ramp_fraction", "decay_fraction", "resample_fraction"):
             self.require(name, 0 <= getattr(self, name) <= 1, "use a part, from 0 to 1")
+        self.require("group_size", self.group_size >= 2, "use at least 2")
+        self.require("kappa_max", self.kappa_max > 1, "use more than 1")
         self.require("log_every", self.log_every <= self.steps, f"use at most steps={self.steps}")
         self.require("share_max", self.share_min <= self.share_max <= 1,
                      f"use at least share_min={self.share_min} and at most 1")
@@ -171,8 +172,7 @@ class CustomSAEConfig:
         """Raise UserError where the row does not fit the model, its text or the processes."""
         d_sae = self.expansion * d_in
         self.require("group_size", self.group_size < d_in, f"use fewer than D={d_in}")
-        self.require("group_size", d_sae % self.group_size == 0,
-                     f"use a divisor of F={d_sae} features")
+        self.require("group_size", d_sae % self.group_size == 0, f"use a divisor of F={d_sae}")
         self.require("target_l0", self.target_l0 <= d_sae, f"use at most F={d_sae}")
         self.require("batch_size", self.batch_size <= tokens,
                      f"use at most the {tokens} tokens there are to train on")
@@ -189,12 +189,14 @@ def resolve_config(run: str, budget: str, study: Path) -> CustomSAEConfig:
     """The row named `run` at `budget`; run_10 reads its α and interval from the runs in `study`."""
     if run not in RUNS:
         raise UserError(f"--out_dir ends in {run!r}, which is no row of the table; it has\n{ROWS}")
-    if budget not in BUDGETS:
+    if budget not in BUDGETS.keys() & SIZES.keys():
         raise UserError(f"SAE_BUDGET={budget!r} is unknown; use one of {', '.join(BUDGETS)}")
-    chosen = {}
+    row = {**RUNS[run], **BUDGETS[budget]}
     if run == "run_10":
-        chosen = best_run(study, CANDIDATES, budget, ("alpha", "regroup_every"))
-    return CustomSAEConfig(**{**RUNS[run], **BUDGETS[budget], **chosen})
+        row |= best_run(study, CANDIDATES, budget, ("alpha", "regroup_every"))
+    if unknown := row.keys() - {field.name for field in dataclasses.fields(CustomSAEConfig)}:
+        raise UserError(f"{', '.join(unknown)} in RUNS or BUDGETS is no field of CustomSAEConfig")
+    return CustomSAEConfig(**row)
 
 
 # --- Activations: read once through the hook, kept in half precision, shuffled across documents -
@@ -255,10 +257,8 @@ class ActivationBuffer:
 
     def batch(self, seed: int, step: int, size: int,
               share: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Normalised activations z [B, D] float32 and their domains [B]; epochs are reshuffled.
-
-        Of a batch of `size` tokens the `share` is given.
-        """
+        """Normalised activations z [B, D] float32 and their domains [B]: the `share` of a batch of
+        `size` tokens. Epochs are reshuffled."""
         per_epoch = len(self) // size
         epoch, place = divmod(step, per_epoch)
         if self.order[0] != (seed, epoch):
@@ -523,7 +523,7 @@ class CustomTrainer:
 
     α lives here, as `trainer.alpha`: the step reads it and `trainer.config` reports it. λ is moved
     by a controller so that L0 meets the target. Dead features (silent for `resample_every` steps)
-    are given the direction of what is reconstructed worst (Bricken et al. 2023). What changes
+    get the direction of what is reconstructed worst (after Bricken et al. 2023). What changes
     during training is in `state`, the sketch, the SAE and the optimizer. Randomness depends on seed
     and step alone.
     """
