@@ -74,17 +74,15 @@ def hook_name(source: Standin | Pythia) -> str:
 
 
 def sae_cfg_dict(config: Mapping[str, Any], source: Standin | Pythia) -> dict[str, Any]:
-    """The SAE as SAEBench's results describe one."""
+    """The SAE as SAEBench's results describe one; names under which nothing loads are null."""
     return {
-        "model_name": source.loadable_name, "model_description": source.model_name,
-        "d_in": config["d_in"], "d_sae": config["d_sae"], "hook_layer": source.layer,
-        "hook_name": hook_name(source),
+        "model_name": source.loadable_name, "d_in": config["d_in"], "d_sae": config["d_sae"],
+        "hook_layer": source.layer, "hook_name": hook_name(source),
         "context_size": config["context_length"], "hook_head_index": None,
         "architecture": "standard", "apply_b_dec_to_input": True,
         "finetuning_scaling_factor": None, "activation_fn_str": "relu", "prepend_bos": False,
         "normalize_activations": "none", "dtype": "float32", "device": "cpu",
-        "dataset_path": source.dataset_path, "dataset_description": source.text,
-        "dataset_trust_remote_code": False,
+        "dataset_path": source.dataset_path, "dataset_trust_remote_code": False,
         "seqpos_slice": [None], "training_tokens": config["steps"] * config["batch_size"],
         "sae_lens_training_version": None, "neuronpedia_id": None,
     }
