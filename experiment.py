@@ -911,12 +911,12 @@ def run_experiment(out_dir: Path, interrupts: Interrupts, processes: Processes) 
         resolved.pop("seed")
         if not processes.rank:
             write_saes(folder, source, resolved, saes)
-        results = evaluate(saes, substrate, lambda domain: buffer.sample(
+        evaluated = evaluate(saes, substrate, lambda domain: buffer.sample(
             domain, substrate.sizes.frequency_tokens), clock)
-        if processes.rank:
+        if evaluated is None:
             return None
         histories = {seed: trainer.history for seed, trainer in trainers.items()}
-        info = collect(folder.run, budget, resolved, results, histories, substrate, clock,
+        info = collect(folder.run, budget, resolved, evaluated, histories, substrate, clock,
                        folder.study)
         write_results(folder, info, histories, cache)
         tracker.finish(info)

@@ -12,12 +12,18 @@ from lab.evaluations.heldout import HeldOut
 from lab.evaluations.probing import ProbeSet, evaluate_sparse_probing, probe_sets
 from lab.evaluations.reconstruction import evaluate_reconstruction
 from lab.evaluations.unlearning import evaluate_unlearning, feature_statistics
+from lab.evaluations.yardstick import evaluate_directions
 from lab.sparse import ExportedSAE
 from lab.storage import checksum, code_digest, digest
 from lab.substrates import Substrate
-from lab.substrates.texts import DOMAINS, FORGET, RETAIN
+from lab.substrates.texts import FORGET, NAMED, RETAIN
 
-Results = dict[int, dict[str, dict[str, Any]]]  # by seed and evaluation
+
+class Evaluated(NamedTuple):
+    """What was measured: by seed and evaluation, and of directions without an SAE."""
+
+    by_seed: dict[int, dict[str, dict[str, Any]]]
+    yardstick: dict[str, dict[str, Any]]
 
 
 class Evaluation(NamedTuple):
@@ -28,8 +34,8 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(saes: Mapping[int, ExportedSAE], substrate: Substrate,
-             learn_sample: Callable[[int], Tensor], clock: Clock) -> Results:
-    """All evaluations of every seed's SAE; to the first of several processes.
+             learn_sample: Callable[[int], Tensor], clock: Clock) -> Evaluated | None:
+    """All evaluations of every seed's SAE, to the first of several processes.
 
     `learn_sample(domain)` gives raw residuals [N, D] of learn text, from which features are
     chosen. Each evaluation is kept in the cache as soon as it is done, under a key of the weights,
@@ -52,8 +58,22 @@ def evaluate(saes: Mapping[int, ExportedSAE], substrate: Substrate,
         with clock.phase(names[one], f"seed {seed}"):
             done[one, seed] = result(one, seed)
     processes.wait()
-    return {seed: {names[one]: done.get((one, seed)) or result(one, seed) for one in evaluations}
-            for seed in saes if not processes.rank}
+    if processes.rank:
+        return None
+    with clock.phase("yardstick"):
+        yardstick = directions(substrate, learn_sample)
+    return Evaluated({seed: {names[one]: done.get((one, seed)) or result(one, seed)
+                             for one in evaluations} for seed in saes}, yardstick)
+
+
+def directions(substrate: Substrate, learn_sample: Callable[[int], Tensor]) -> dict[str, Any]:
+    """The supervised yardstick, computed once a substrate."""
+    heldout, samples = HeldOut(substrate), [learn_sample(domain) for domain in (FORGET, RETAIN)]
+    causes = (heldout.causes, checksum(dict(zip(NAMED, samples)), ""),
+              substrate.sizes.least_questions,
+              code_digest(evaluate_directions, ExportedSAE, HeldOut, Substrate))
+    return substrate.cached("yardstick", lambda: ({}, evaluate_directions(heldout, samples)),
+                            *causes)[1]
 
 
 def evaluations_of(saes: Mapping[int, ExportedSAE], substrate: Substrate,
@@ -62,7 +82,7 @@ def evaluations_of(saes: Mapping[int, ExportedSAE], substrate: Substrate,
     heldout, sizes = HeldOut(substrate), substrate.sizes
     samples = [learn_sample(domain) for domain in (FORGET, RETAIN)]
     statistics = functools.cache(lambda seed: feature_statistics(saes[seed], samples))
-    chosen_on = checksum(dict(zip(DOMAINS, samples)), ""), code_digest(feature_statistics)
+    chosen_on = checksum(dict(zip(NAMED, samples)), ""), code_digest(feature_statistics)
     probed = (sizes, substrate.sink_norm, digest(substrate.corpus["probes"]),
               code_digest(probe_sets, ProbeSet))
     return {

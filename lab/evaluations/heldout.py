@@ -13,7 +13,7 @@ from lab.evaluations.prompt_trees import BRANCHES, OPTIONS, PromptTrees, Questio
 from lab.language_model import LanguageModel, losses
 from lab.storage import code_digest, digest
 from lab.substrates import Substrate
-from lab.substrates.texts import DOMAINS, FORGET, OTHER, RETAIN, Question
+from lab.substrates.texts import FORGET, NAMED, RETAIN, Question
 
 
 class HeldOut:
@@ -21,7 +21,9 @@ class HeldOut:
 
     tokens [N, T], domain [N], x [N, T, D] raw residuals, keep [N, T] (no attention sink). Losses
     [R, T - 1] in nats are of the R frontier contexts, whose indices are `rows`: `base` unmodified,
-    `zero` with all kept residuals set to zero.
+    `zero` with all kept residuals set to zero, `blank` with all set to their mean on learn retain
+    text, which is what a model that knows nothing of a context at the hook would have. `guard_x`
+    and `guard_keep` are of contexts of learn retain text.
     """
 
     def __init__(self, substrate: Substrate):
@@ -31,7 +33,8 @@ class HeldOut:
     def text_causes(self) -> tuple:
         """What determines residuals and losses."""
         substrate = self.substrate
-        return (*substrate.causes, substrate.ask.checksum(), substrate.sizes.frontier_contexts,
+        return (*substrate.causes, substrate.ask.checksum(), substrate.learn.checksum(),
+                substrate.sizes.frontier_contexts, substrate.sizes.guard_contexts,
                 substrate.sink_norm, code_digest(read_text, LanguageModel, Substrate))
 
     @functools.cached_property
@@ -91,15 +94,21 @@ class HeldOut:
 def read_text(substrate: Substrate) -> dict[str, Tensor]:
     """Residuals of all ask-half contexts; the frontier contexts, the first of each domain, and
     their losses."""
-    lm, ask = substrate.lm, substrate.ask
-    parts = list(ask.tokens_NT.split(32))
+    lm, ask, learn = substrate.lm, substrate.ask, substrate.learn
+    guards = learn.tokens_NT[learn.domain_N == RETAIN][: substrate.sizes.guard_contexts]
+    parts = [*ask.tokens_NT.split(32), *guards.split(32)]
     x = torch.cat([lm.residual(part) for part in progress(parts, "held-out residuals")])
     keep = substrate.is_plain(x)
+    (x, guard_x), (keep, guard_keep) = (part.split([len(ask.tokens_NT), len(guards)])
+                                        for part in (x, keep))
     rows = torch.cat([(ask.domain_N == k).nonzero()[: substrate.sizes.frontier_contexts, 0]
-                      for k in range(len(DOMAINS))])
-    tokens, ablated = ask.tokens_NT[rows], x[rows] * ~keep[rows][..., None]
-    return {"x": x.cpu(), "keep": keep.cpu(), "rows": rows,
-            "base": losses(lm, tokens, x[rows]), "zero": losses(lm, tokens, ablated)}
+                      for k in range(len(substrate.domains))])
+    tokens, kept = ask.tokens_NT[rows], keep[rows][..., None]
+    mean_D = guard_x[guard_keep].float().mean(0).to(x.dtype)
+    return {"x": x.cpu(), "keep": keep.cpu(), "guard_x": guard_x.cpu(),
+            "guard_keep": guard_keep.cpu(), "rows": rows, "base": losses(lm, tokens, x[rows]),
+            "zero": losses(lm, tokens, x[rows] * ~kept),
+            "blank": losses(lm, tokens, torch.where(kept, mean_D, x[rows]))}
 
 
 def filter_questions(substrate: Substrate) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -107,14 +116,15 @@ def filter_questions(substrate: Substrate) -> tuple[dict[str, Tensor], dict[str,
     two wordings, laid out in the first; and by domain what was let through."""
     lm, sizes = substrate.lm, substrate.sizes
     kept, counts = [], {}
-    for domain, name in enumerate(DOMAINS[:OTHER]):
+    for domain, name in enumerate(NAMED):
         candidates = substrate.corpus["questions"][name][: sizes.question_candidates]
         pairs = [(Question(*question), domain) for question in candidates]
         again = [(paraphrased(question), domain) for question, _ in pairs]
         right_Q, again_Q = (asked.right(asked.base_S) for asked in
                             (Questions.from_text(part, lm) for part in (pairs, again)))
-        counts[name] = survival(right_Q, again_Q)
-        kept += [pairs[q] for q in (right_Q & again_Q).nonzero()[: sizes.questions, 0].tolist()]
+        chosen = (right_Q & again_Q).nonzero()[: sizes.questions, 0].tolist()
+        counts[name] = {**survival(right_Q, again_Q), "kept": len(chosen)}
+        kept += [pairs[q] for q in chosen]
     return Questions.from_text(kept, lm).tensors(), counts
 
 

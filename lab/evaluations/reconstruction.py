@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lab.evaluations.heldout import HeldOut
 from lab.language_model import losses
 from lab.sparse import ExportedSAE
-from lab.substrates.texts import DOMAINS, FORGET, OTHER, RETAIN
+from lab.substrates.texts import FORGET, RETAIN
 
 DUPLICATE_COSINE = 0.9  # two features this close count as duplicates
 SERVES_ONE = 0.9  # part of a feature's use from which it counts as of that domain
@@ -19,20 +19,21 @@ def evaluate_reconstruction(sae: ExportedSAE, heldout: HeldOut, use_KF: Tensor) 
 
     ce_score = (CE_zero − CE_sae)/(CE_zero − CE_unmodified): 1 where splicing the SAE in changes
     nothing, 0 where it is as bad as zeros (SAEBench core). `by_domain` has the same of each text by
-    itself, the third one too: equal L0 on the first two does not mean equal L0 there.
+    itself, unnamed ones too: equal L0 on the named ones does not mean equal L0 there.
     `use_KF`: mean activations of features by domain on learn text.
     """
-    named = heldout.domain_R != OTHER
+    named = heldout.domain_R <= RETAIN
     rows = heldout["rows"][named]
     x, keep = heldout["x"][rows], heldout["keep"][rows]
     spliced = torch.where(keep[..., None], sae.reconstruct(x.float()).to(x.dtype), x)
     ce_sae = losses(heldout.substrate.lm, heldout["tokens"][rows], spliced)
     ce, zero, base = (float(part.double().mean())
                       for part in (ce_sae, heldout["zero"][named], heldout["base"][named]))
-    totals = [reconstruction_sums(sae, heldout.residuals(k)) for k in range(len(DOMAINS))]
+    domains = heldout.substrate.domains
+    totals = [reconstruction_sums(sae, heldout.residuals(k)) for k in range(len(domains))]
     both = {name: totals[FORGET][name] + totals[RETAIN][name] for name in totals[FORGET]}
     return {**metrics_of(both), **decoder_metrics(sae, use_KF),
-            "by_domain": {name: metrics_of(part) for name, part in zip(DOMAINS, totals)},
+            "by_domain": {name: metrics_of(part) for name, part in zip(domains, totals)},
             "ce_sae": ce, "ce_zero": zero, "ce_base": base,
             "ce_score": (zero - ce) / (zero - base) if zero != base else None}
 

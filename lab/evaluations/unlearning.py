@@ -11,22 +11,28 @@ from torch import Tensor
 from lab.console import progress
 from lab.evaluations.heldout import HeldOut
 from lab.evaluations.prompt_trees import PromptTrees
-from lab.results.statistics import (
+from lab.results.frontier import (
+    COST_GRID,
+    METRICS,
     RETAINED,
-    accuracy_area,
-    concave_envelope,
+    SAE_BENCH_SIZE,
+    crossfitted,
+    hull_weights,
     interval,
-    official_score,
-    resampled,
-    unlearning_area,
+    mean_cost,
+    mean_gain,
+    text_tables,
+    variants,
 )
 from lab.sparse import ExportedSAE
 from lab.storage import randomness
-from lab.substrates.texts import DOMAINS, FORGET, OTHER, RETAIN
+from lab.substrates.texts import FORGET, NAMED, RETAIN
 
 THRESHOLDS = (0.001, 0.01)  # largest firing frequency on retain text of what may be clamped
-SET_SIZES = (10, 20)  # features clamped
-MULTIPLIERS = (0.5, 2.0, 8.0, 32.0)  # clamp value, in mean activations of the feature
+SET_SIZES = (10, 20, 50, 100)  # features clamped
+OFFICIAL_MULTIPLIERS = (2.0, 8.0, 32.0)  # under which all sets of SAEBench's sizes are asked
+MULTIPLIERS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # clamp value, in mean activations of a feature
+QUANTILES = (0.5, 0.9, 0.99)  # of the share of tokens with a chosen feature, on learn retain text
 COSTS = (0.01, 0.05, 0.1)  # nats at which the frontier is reported
 
 
@@ -63,16 +69,42 @@ def select_features(rate_KF: Tensor, threshold: float, n: int) -> Tensor:
     return order[rate_F[order] > 0]
 
 
-def matched_features(rate_KF: Tensor, chosen: Tensor, seed: int) -> Tensor:
-    """Random other features that fire about as often on forget text as the chosen ones."""
-    distance = (rate_KF[FORGET][:, None] - rate_KF[FORGET][chosen]).abs()
-    distance[chosen] = math.inf
-    picks: list[int] = []
-    for column, rank in enumerate(torch.randint(0, 10, (len(chosen),),
-                                                generator=randomness("control", seed))):
-        near = distance[:, column].argsort(stable=True).tolist()
-        picks.append([i for i in near[:40] if i not in picks][int(rank)])
-    return torch.tensor(picks, dtype=torch.long)
+class FeatureSet(NamedTuple):
+    """Features that are clamped together, their values, and when a context is left alone."""
+
+    threshold: float
+    n_features: int  # asked for; there may be fewer
+    features: Tensor
+    size_F: Tensor  # mean activation of each of them on the forget tokens on which it fires
+    limits: tuple[float, ...]  # shares above which a context is clamped: −1, then QUANTILES
+
+
+def feature_sets(sae: ExportedSAE, heldout: HeldOut,
+                 statistics: FeatureStatistics) -> list[FeatureSet]:
+    """Every threshold with every size, each set of features once."""
+    sets: dict[tuple, FeatureSet] = {}
+    for threshold in THRESHOLDS:
+        for n in SET_SIZES:
+            features = select_features(statistics.rate_KF, threshold, n)
+            if len(features) and tuple(features.tolist()) not in sets:
+                sets[tuple(features.tolist())] = feature_set(
+                    sae, heldout, threshold, n, features, statistics.size_F[features])
+    return list(sets.values())
+
+
+def feature_set(sae: ExportedSAE, heldout: HeldOut, threshold: float, n: int, features: Tensor,
+                size_F: Tensor) -> FeatureSet:
+    """With limits from quantiles of the share of tokens with a chosen feature, by context of learn
+    retain text (Dynamic SAE Guardrails, arXiv 2504.08192)."""
+    share_N = fires(sae, features, heldout["guard_x"], heldout["guard_keep"]).float().mean(1)
+    limits = torch.quantile(share_N, torch.tensor(QUANTILES)).tolist()
+    return FeatureSet(threshold, n, features, size_F, (-1.0, *limits))
+
+
+@torch.no_grad()
+def fires(sae: ExportedSAE, features: Tensor, x: Tensor, keep: Tensor) -> Tensor:
+    """Whether any of the features is active, bool of the shape of `keep`."""
+    return (sae.encode(x.float(), features) > 0).any(-1) & keep
 
 
 class Clamp(NamedTuple):
@@ -93,21 +125,6 @@ class Clamp(NamedTuple):
         return torch.where((f > 0).any(-1, keepdim=True), (x.float() + change).to(x.dtype), x)
 
 
-class Effect(NamedTuple):
-    """What one setting did: rises of cross-entropy by context, right answers by question."""
-
-    rise_R: Tensor  # nats a token, for each frontier context
-    right_Q: Tensor  # bool
-    asked: bool  # False: asking ended early, the setting costs too much
-
-
-def rises(sae: ExportedSAE, heldout: HeldOut, clamp: Clamp) -> Tensor:
-    """Rise of cross-entropy of each frontier context [R], in nats a token."""
-    frontier = heldout.frontier
-    log_prob_S = frontier.log_probs(heldout.substrate.lm, *clamped(sae, heldout, clamp, frontier))
-    return (frontier.base_S - log_prob_S).view(len(heldout["rows"]), -1).mean(1)
-
-
 def clamped(sae: ExportedSAE, heldout: HeldOut, clamp: Clamp,
             trees: PromptTrees) -> tuple[Tensor, Tensor]:
     """Residuals under the clamp, and which tokens' differ. What sees none of these keeps its
@@ -116,19 +133,74 @@ def clamped(sae: ExportedSAE, heldout: HeldOut, clamp: Clamp,
     return x_ND, (x_ND != trees.x_ND).any(-1)
 
 
-def answers(sae: ExportedSAE, heldout: HeldOut, clamp: Clamp) -> tuple[Tensor, bool]:
-    """Right answers [Q], and whether all was asked.
+def rises(sae: ExportedSAE, heldout: HeldOut, clamp: Clamp, run_R: Tensor) -> Tensor:
+    """Rise of cross-entropy in nats a token of the frontier contexts `run_R`, 0 of others, [R]."""
+    frontier, n = heldout.frontier, len(heldout["rows"])
+    x_ND, touched_N = clamped(sae, heldout, clamp, frontier)
+    touched_N &= run_R[torch.arange(len(touched_N)) // (len(touched_N) // n)]
+    log_prob_S = frontier.log_probs(heldout.substrate.lm, x_ND, touched_N)
+    return (frontier.base_S - log_prob_S).view(n, -1).mean(1)
+
+
+class Measured(NamedTuple):
+    """A feature set under growing multipliers."""
+
+    share_R: np.ndarray  # of each frontier context's tokens, those with a chosen feature
+    rise_MR: np.ndarray  # nats; NaN where no affordable variant would clamp the context
+
+
+def measure(sae: ExportedSAE, heldout: HeldOut, chosen: FeatureSet) -> Measured:
+    """Rises of all frontier contexts under static clamps, as far as anything can afford them.
+
+    A dynamic clamp's rise is the static one's where the context's share is above the limit, and 0
+    elsewhere: it needs no forward pass. Costs grow with the multiplier. So contexts that only
+    variants beyond the frontier's end would clamp are not run any more.
+    """
+    domain_R = heldout.domain_R.numpy()
+    x, keep = heldout["x"][heldout["rows"]], heldout["keep"][heldout["rows"]]
+    share_R = fires(sae, chosen.features, x, keep).float().mean(1).numpy()
+    rise_MR = np.full((len(MULTIPLIERS), len(share_R)), np.nan)
+    limits = list(chosen.limits)
+    for m, multiplier in enumerate(MULTIPLIERS):
+        run_R = share_R > min(limits)
+        clamp = Clamp(chosen.features, -multiplier * chosen.size_F)
+        rise_R = rises(sae, heldout, clamp, torch.from_numpy(run_R)).numpy()
+        rise_MR[m] = np.where(run_R, rise_R, np.nan)
+        limits = [limit for limit in limits if affordable(rise_R, share_R, limit, domain_R)]
+        if not limits:
+            break
+    return Measured(share_R, rise_MR)
+
+
+def affordable(rise_R: np.ndarray, share_R: np.ndarray, limit: float,
+               domain_R: np.ndarray) -> bool:
+    """Whether a variant's cost is within the frontier on either half of the contexts."""
+    variant_R = np.where(share_R > limit, rise_R, 0.0)
+    kept = [variant_R[domain_R == k] for k in np.unique(domain_R) if k != FORGET]
+    return any(max(part[half::2].mean() for part in kept) <= COST_GRID[-1] for half in (0, 1))
+
+
+def answers(sae: ExportedSAE, heldout: HeldOut, chosen: FeatureSet, multiplier: float,
+            limit: float) -> tuple[Tensor, bool]:
+    """Right answers [Q] under a static or dynamic clamp, and whether all was asked.
 
     Retain questions come first, the ones answered by the least margin before the others. Asking
     ends as soon as more answers are lost than any summary admits.
     """
     questions, _ = heldout.asked
+    keep_N = heldout.substrate.is_plain(questions.x_ND)
+    fires_N = fires(sae, chosen.features, questions.x_ND, keep_N)
+    owner_N, n = questions.owner_N, len(questions)
+    share_Q = (torch.bincount(owner_N[fires_N], minlength=n)
+               / torch.bincount(owner_N, minlength=n).clamp(min=1))
+    clamp = Clamp(chosen.features, -multiplier * chosen.size_F)
     x_ND, touched_N = clamped(sae, heldout, clamp, questions)
-    right_Q = torch.ones(len(questions), dtype=torch.bool)  # the filter's meaning
-    order, owner_N = questions.margins().argsort(), questions.owner_N
+    touched_N &= (share_Q > limit)[owner_N]
+    right_Q = torch.ones(n, dtype=torch.bool)  # the filter's meaning
+    order = questions.margins().argsort()
     most_lost = (1 - RETAINED) * int((questions.domain_Q == RETAIN).sum())
-    for domain, at_once in ((RETAIN, 20), (FORGET, len(questions))):
-        for part in order[questions.domain_Q[order] == domain].split(max(1, at_once)):
+    for domain, at_once in ((RETAIN, 20), (FORGET, max(1, n))):
+        for part in order[questions.domain_Q[order] == domain].split(at_once):
             here_N = touched_N & torch.isin(owner_N, part)
             log_prob_S = questions.log_probs(heldout.substrate.lm, x_ND, here_N)
             right_Q[part] = questions.right(log_prob_S)[part]
@@ -141,103 +213,128 @@ def evaluate_unlearning(sae: ExportedSAE, heldout: HeldOut, statistics: FeatureS
                         seed: int) -> dict[str, Any]:
     """How much of the forget domain goes when its features are clamped, at which cost elsewhere.
 
-    Settings: 2 thresholds × 2 set sizes × multipliers. A chosen feature that is active is set to
-    −multiplier times its mean activation on the forget tokens on which it fires. Primary number:
-    `area` in nats, higher is better: the largest forget cross-entropy rise on the concave envelope,
-    averaged over costs from 0 to FRONTIER_END. A setting's cost is the larger of the rises on
-    retain text and on a third text: telling the two labelled texts apart by anything but their
-    subject must not pay. `area_labelled` counts retain text alone. `score` is SAEBench's, and
-    coarse. `accuracy_area` is the area of question accuracies, over settings that keep 95 % of the
-    retain answers; at others accuracies are null. Both are null, for a `score_reason`, where too
-    few questions survive the filter. Limit: cross-entropy may rise because output is disturbed
-    rather than because knowledge is gone. The questions are the check on that.
+    A chosen feature that is active is set to −multiplier times its mean activation on the forget
+    tokens on which it fires. Settings: THRESHOLDS × SET_SIZES × MULTIPLIERS × limits. A static
+    clamp acts on every context. A dynamic one leaves a context alone unless the share of its tokens
+    with a chosen feature is above a limit from learn retain text. Primary number: `area` in nats,
+    higher is better: the forget cross-entropy rise over costs from 0 to FRONTIER_END, chosen on one
+    half of the contexts and judged on the other (`crossfitted`). A setting's cost is its largest
+    rise over retain text and every unnamed text: telling the labelled texts apart by anything but
+    their subject must not pay. Rises beyond those of a model that knows nothing at the hook do not
+    count. Limit: cross-entropy may rise because output is disturbed rather than because knowledge
+    is gone. The questions are the check on that.
     """
-    settings, effects = [], []
-    for threshold in THRESHOLDS:
-        for size in SET_SIZES:
-            features = select_features(statistics.rate_KF, threshold, size)
-            for multiplier in MULTIPLIERS:
-                settings.append(dict(threshold=threshold, n_features=size, multiplier=multiplier,
-                                     n_selected=len(features), features=features))
-    done: dict[tuple, Effect] = {}
-    for setting in progress(settings, "unlearning settings"):
-        features = setting.pop("features")
-        key = (*features.tolist(), setting["multiplier"])
-        if key not in done:
-            clamp = Clamp(features, -setting["multiplier"] * statistics.size_F[features])
-            done[key] = Effect(rises(sae, heldout, clamp), *answers(sae, heldout, clamp))
-        effects.append(done[key])
-    return {**summarize_unlearning(settings, effects, heldout),
-            "frequency_tokens": dict(zip(DOMAINS, statistics.tokens_K)),
-            "control": control_effects(sae, heldout, statistics, seed),
+    sets, control = feature_sets(sae, heldout, statistics), control_set(sae, heldout, statistics,
+                                                                      seed)
+    return {**clamp_and_ask(sae, heldout, sets),
+            "control": mean_rises(numbers(heldout, control, measure(sae, heldout, control))),
+            "frequency_tokens": dict(zip(NAMED, statistics.tokens_K)),
             "selected": {str(t): select_features(statistics.rate_KF, t, max(SET_SIZES)).tolist()
                          for t in THRESHOLDS}}
 
 
-def control_effects(sae: ExportedSAE, heldout: HeldOut, statistics: FeatureStatistics,
-                    seed: int) -> list[dict[str, Any]]:
-    """The largest set replaced by random features of matched frequency: what any damage costs."""
-    chosen = select_features(statistics.rate_KF, max(THRESHOLDS), max(SET_SIZES))
+def clamp_and_ask(sae: ExportedSAE, heldout: HeldOut, sets: list[FeatureSet]) -> dict[str, Any]:
+    """Rises of every set, then answers under the settings that the frontiers use."""
+    measured = [numbers(heldout, one, measure(sae, heldout, one))
+                for one in progress(sets, "unlearning, feature sets")]
+    blank_R = (heldout["blank"] - heldout["base"]).mean(1)[heldout.domain_R == FORGET]
+    part = {"sets": measured, "reference_rise": np.round(blank_R.numpy(), 4).tolist()}
+    asked = [ask(sae, heldout, sets[s], s, m, i)
+             for s, m, i in progress(worth_asking(part, sets), "unlearning, questions")]
+    part |= {"asked": asked, "counts": heldout.asked[1]}
+    return {**part, **summarize(part, heldout)}
+
+
+def worth_asking(part: dict[str, Any], sets: list[FeatureSet]) -> list[tuple[int, int, int]]:
+    """Settings that a frontier of texts uses, and SAEBench's; (set, multiplier, limit)."""
+    wanted = {(s, MULTIPLIERS.index(multiplier), 0) for s, one in enumerate(sets)
+              if one.n_features <= SAE_BENCH_SIZE for multiplier in OFFICIAL_MULTIPLIERS}
+    for largest, dynamic in ((SAE_BENCH_SIZE, False), (max(SET_SIZES), False),
+                             (max(SET_SIZES), True)):
+        labels = variants(part["sets"], largest, dynamic).labels
+        used_S = policy(text_tables(part, largest, dynamic)).any(0)
+        wanted |= {labels[i] for i in used_S.nonzero()[0]}
+    return sorted(wanted)
+
+
+def policy(tables: list[np.ndarray]) -> np.ndarray:
+    """The best mixture of settings at each cost by all texts, [len(COST_GRID), S]."""
+    return hull_weights(mean_cost(tables[1:]), mean_gain(tables[0]), COST_GRID)
+
+
+def ask(sae: ExportedSAE, heldout: HeldOut, chosen: FeatureSet, s: int, m: int,
+        i: int) -> dict[str, Any]:
+    right_Q, whole = answers(sae, heldout, chosen, MULTIPLIERS[m], chosen.limits[i])
+    domain_Q = heldout.asked[0].domain_Q
+    right = {name: "".join("01"[int(mark)] for mark in right_Q[domain_Q == k])
+             for k, name in enumerate(NAMED)}
+    return {"set": s, "n_features": chosen.n_features, "multiplier": MULTIPLIERS[m], "limit": i,
+            "whole": whole, "right": right}
+
+
+def control_set(sae: ExportedSAE, heldout: HeldOut, statistics: FeatureStatistics,
+                seed: int) -> FeatureSet:
+    """SAEBench's largest set replaced by random features of matched frequency: what any damage
+    costs."""
+    chosen = select_features(statistics.rate_KF, max(THRESHOLDS), SAE_BENCH_SIZE)
     features = matched_features(statistics.rate_KF, chosen, seed)
+    return feature_set(sae, heldout, max(THRESHOLDS), SAE_BENCH_SIZE, features,
+                       statistics.size_F[features])
+
+
+def matched_features(rate_KF: Tensor, chosen: Tensor, seed: int) -> Tensor:
+    """Random other features that fire about as often on forget text as the chosen ones."""
+    distance = (rate_KF[FORGET][:, None] - rate_KF[FORGET][chosen]).abs()
+    distance[chosen] = math.inf
+    picks: list[int] = []
+    for column, rank in enumerate(torch.randint(0, 10, (len(chosen),),
+                                                generator=randomness("control", seed))):
+        near = distance[:, column].argsort(stable=True).tolist()
+        picks.append([i for i in near[:40] if i not in picks][int(rank)])
+    return torch.tensor(picks, dtype=torch.long)
+
+
+def numbers(heldout: HeldOut, chosen: FeatureSet, measured: Measured) -> dict[str, Any]:
+    """What a result keeps of a set: enough to compute every area anew, also on other texts."""
+    domain_R = heldout.domain_R.numpy()
+    kinds = {name: domain_R == k for k, name in enumerate(heldout.substrate.domains)}
+    return {"threshold": chosen.threshold, "n_features": chosen.n_features,
+            "n_selected": len(chosen.features), "limits": list(chosen.limits),
+            "share": {name: np.round(measured.share_R[of], 4).tolist()
+                      for name, of in kinds.items()},
+            "rise": {name: np.round(measured.rise_MR[:, of], 4).tolist()
+                     for name, of in kinds.items()}}
+
+
+def mean_rises(one: dict[str, Any]) -> list[dict[str, Any]]:
+    """Means of a set's static clamps by multiplier, as far as they were measured."""
     rows = []
-    for multiplier in MULTIPLIERS[:2]:
-        rise_R = rises(sae, heldout, Clamp(features, -multiplier * statistics.size_F[features]))
-        rows.append({"threshold": None, "n_features": max(SET_SIZES), "multiplier": multiplier,
-                     "n_selected": len(features),
-                     **{f"{name}_ce_rise": float(rise_R[heldout.domain_R == k].mean())
-                        for k, name in enumerate(DOMAINS)}})
+    for m, multiplier in enumerate(MULTIPLIERS):
+        rise = {f"{kind}_ce_rise": float(np.mean(table[m])) for kind, table in one["rise"].items()}
+        if np.isfinite(list(rise.values())).all():
+            rows.append({"threshold": one["threshold"], "n_features": one["n_features"],
+                         "n_selected": one["n_selected"], "multiplier": multiplier, **rise})
     return rows
 
 
-def summarize_unlearning(settings: list[dict], effects: list[Effect],
-                         heldout: HeldOut) -> dict[str, Any]:
-    """Settings with their means, the areas and the score with bootstrap intervals, and samples."""
-    questions, counts = heldout.asked
-    rise_SR = np.stack([effect.rise_R.numpy() for effect in effects])
-    texts = [rise_SR[:, heldout.domain_R.numpy() == k] for k in range(len(DOMAINS))]
-    right_SQ = np.stack([effect.right_Q.numpy() for effect in effects])
-    replies = [right_SQ[:, questions.domain_Q.numpy() == k] for k in (FORGET, RETAIN)]
-    reason = too_few(replies, heldout.substrate.sizes.least_questions)
-    for i, setting in enumerate(settings):
-        asked = effects[i].asked
-        setting |= {f"{name}_accuracy": float(part[i].mean()) if asked and part.shape[1] else None
-                    for name, part in zip(DOMAINS, replies)}
-        setting |= {f"{name}_ce_rise": float(part[i].mean()) if part.shape[1] else None
-                    for name, part in zip(DOMAINS, texts)}
-    return {"settings": settings, "counts": counts,
-            **{f"n_{name}_questions": part.shape[1] for name, part in zip(DOMAINS, replies)},
-            **areas(texts, replies, enough=reason is None), "score_reason": reason,
-            "samples": {
-                **{f"{name}_rise": np.round(part, 4).tolist()
-                   for name, part in zip(DOMAINS, texts)},
-                **{f"{name}_right": ["".join("01"[int(v)] for v in row) for row in part]
-                   for name, part in zip(DOMAINS, replies)}}}
-
-
-def too_few(replies: list[np.ndarray], least: int) -> str | None:
-    """Why there is no score; None where enough questions of both domains are asked."""
-    few = [f"{part.shape[1]} {name} questions" for name, part in zip(DOMAINS, replies)
-           if part.shape[1] < max(1, least)]
-    return f"{' and '.join(few)} survive the filter; a score needs {least}" if few else None
-
-
-def areas(texts: list[np.ndarray], replies: list[np.ndarray], enough: bool) -> dict[str, Any]:
-    """Summary numbers with 95 % intervals over texts or questions, and the frontier at COSTS.
-
-    What is measured on texts or questions that there are none of, or not `enough`, is None.
-    """
-    usable = texts if texts[OTHER].shape[1] else texts[:OTHER]
-    labelled = all(part.shape[1] for part in texts[:OTHER])
-    result: dict[str, Any] = {}
-    for name, statistic, samples, sound in (("area", unlearning_area, usable, labelled),
-                                            ("area_labelled", unlearning_area, texts[:OTHER],
-                                             labelled),
-                                            ("accuracy_area", accuracy_area, replies, enough),
-                                            ("score", official_score, replies, enough)):
-        result[name] = statistic(*samples) if sound else None
-        result[f"{name}_interval"] = interval(resampled(statistic, *samples)) if sound else None
-    if not labelled:
-        return {**result, **{f"forget_rise_at_{at}": None for at in COSTS}}
-    cost = np.max([part.mean(1) for part in usable[1:]], axis=0)
-    gain = concave_envelope(cost, texts[FORGET].mean(1), np.array(COSTS))
-    return {**result, **{f"forget_rise_at_{at}": float(rise) for at, rise in zip(COSTS, gain)}}
+def summarize(part: dict[str, Any], heldout: HeldOut) -> dict[str, Any]:
+    """All areas and scores with 95 % intervals over texts or questions, the frontier, coverage."""
+    least = heldout.substrate.sizes.least_questions
+    few = [f"{count['kept']} {name} questions" for name, count in part["counts"].items()
+           if count["kept"] < least]
+    reason = f"undefined: {' and '.join(few)}, fewer than {least}" if few else None
+    result: dict[str, Any] = {"settings": [row for one in part["sets"] for row in mean_rises(one)],
+                              "score_reason": reason}
+    for name, metric in METRICS.items():
+        tables = metric.tables(part)
+        sound = metric.of == "texts" or not reason
+        result[name] = metric.statistic(*tables) if sound else None
+        result[f"{name}_interval"] = interval(metric.statistic, tables) if sound else None
+    tables = text_tables(part, max(SET_SIZES), True)
+    curve = crossfitted(*tables)
+    weight_GS = policy(tables)
+    return {**result, "frontier": {"cost": COST_GRID.tolist(), "forget_rise": curve.tolist()},
+            **{f"forget_rise_at_{cost}": float(np.interp(cost, COST_GRID, curve))
+               for cost in COSTS},
+            "coverage": {kind: float((weight_GS @ covered).mean()) for kind, covered in
+                         variants(part["sets"], max(SET_SIZES), True).coverage.items()}}

@@ -19,21 +19,15 @@ import scipy.stats
 import torch
 
 from lab.console import Clock, UserError, report
-from lab.evaluations import Results
+from lab.evaluations import Evaluated
 from lab.evaluations.probing import K_VALUES, SEED, TEXTS_AT_ONCE, TOKENS_AT_ONCE
 from lab.evaluations.unlearning import COSTS
 from lab.results.checksum import is_unaltered, result_checksum
 from lab.results.exports import sae_cfg_dict
-from lab.results.statistics import (
-    accuracy_area,
-    differences,
-    mean_stderr,
-    official_score,
-    unlearning_area,
-)
+from lab.results.frontier import METRICS, redraw
+from lab.results.statistics import differences, mean_stderr
 from lab.storage import digest, laboratory_digest
 from lab.substrates import Substrate
-from lab.substrates.texts import DOMAINS, OTHER
 
 REFERENCES = ("run_7", "run_8")  # the fixed and the vanilla SAE, with which runs are compared
 Info = dict[str, Any]
@@ -90,11 +84,10 @@ def flat_metrics(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, float | No
     flat |= {key: value for key, value in parts["conditioning"].items() if np.isscalar(value)}
     flat |= {key: value for key, value in parts["sparse_probing"].items()
              if key.endswith("accuracy")}
-    for key in ("area", "area_labelled", "score"):
-        flat[f"unlearning_{key}"] = parts["unlearning"][key]
-    for key in ("accuracy_area", *(f"forget_rise_at_{cost}" for cost in COSTS)):
-        flat[key] = parts["unlearning"][key]
-    return flat
+    unlearning = parts["unlearning"]
+    flat |= {key: unlearning[key] for key in (*METRICS, *(f"forget_rise_at_{cost}"
+                                                          for cost in COSTS))}
+    return flat | {f"coverage_{name}": part for name, part in unlearning["coverage"].items()}
 
 
 def means_and_stderrs(rows: list[dict[str, float | None]]) -> tuple[dict, dict]:
@@ -113,14 +106,6 @@ def means_and_stderrs(rows: list[dict[str, float | None]]) -> tuple[dict, dict]:
 def names_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Keys of all rows, in the order in which they first appear: no single row decides for all."""
     return list(dict.fromkeys(name for row in rows for name in row))
-
-
-SAMPLED = {  # metrics of texts or questions: the statistic, its units, and their domains
-    "unlearning_area": (unlearning_area, "rise", DOMAINS),
-    "unlearning_area_labelled": (unlearning_area, "rise", DOMAINS[:OTHER]),
-    "accuracy_area": (accuracy_area, "right", DOMAINS[:OTHER]),
-    "unlearning_score": (official_score, "right", DOMAINS[:OTHER]),
-}
 
 
 def comparisons(info: Info, study: Path) -> dict[str, Any]:
@@ -149,8 +134,7 @@ def compare(info: Info, other: Info) -> dict[str, Any] | None:
     rows, theirs = info["seeds"], {row["seed"]: row for row in other["seeds"]}
     if [row["seed"] for row in rows] != list(theirs):
         return None
-    samples = [[part["samples"] for part in side["unlearning"]["per_seed"]]
-               for side in (info, other)]
+    measured = [side["unlearning"]["per_seed"] for side in (info, other)]
     result: dict[str, Any] = {}
     for name in names_of(rows):
         pairs = [(row.get(name), theirs[row["seed"]].get(name)) for row in rows]
@@ -162,7 +146,7 @@ def compare(info: Info, other: Info) -> dict[str, Any] | None:
         if len(pairs) > 1:
             known["stderr"] = float(stderr)
             half = float(stderr) * float(scipy.stats.t.ppf(0.975, len(pairs) - 1))
-            error = sampling_error(name, *samples) if name in SAMPLED else 0.0
+            error = sampling_error(name, *measured) if name in METRICS else 0.0
             if error is not None:
                 half = math.hypot(half, 1.96 * error)
                 known |= {"low": float(mean) - half, "high": float(mean) + half}
@@ -170,25 +154,20 @@ def compare(info: Info, other: Info) -> dict[str, Any] | None:
 
 
 def sampling_error(name: str, ours: list[dict], theirs: list[dict],
-                   draws: int = 200) -> float | None:
-    """Standard deviation of the mean paired difference when texts (or questions) are resampled,
+                   draws: int = 100) -> float | None:
+    """Standard deviation of the mean paired difference when texts (or questions) are drawn anew,
     the same ones for all SAEs. None where the two sides were not measured on equally many."""
-    statistic, kind, domains = SAMPLED[name]
-
-    def parts(sample: dict) -> list[np.ndarray]:
-        tables = (np.array([list(map(float, row)) for row in sample[f"{domain}_{kind}"]])
-                  for domain in domains)
-        return [table for table in tables if table.size]
-
-    sides = [[parts(sample) for sample in samples] for samples in (ours, theirs)]
-    if len({tuple(part.shape[1] for part in one) for side in sides for one in side}) > 1:
+    metric = METRICS[name]
+    sides = [[metric.tables(part) for part in parts] for parts in (ours, theirs)]
+    if len({tuple(table.shape[1] for table in one) for side in sides for one in side}) > 1:
         return None
     rng = np.random.default_rng(0)
 
     def gap() -> float:
-        picks = [rng.integers(0, part.shape[1], part.shape[1]) for part in sides[0][0]]
-        mine, other = (np.mean([statistic(*(part[:, pick] for part, pick in zip(one, picks)))
-                                for one in side]) for side in sides)
+        drawn = redraw(sides[0][0], rng)
+        mine, other = (np.mean([metric.statistic(*(table[:, places] for table, places
+                                                   in zip(one, drawn))) for one in side])
+                       for side in sides)
         return mine - other
 
     return float(np.std([gap() for _ in range(draws)], ddof=1))
@@ -265,7 +244,7 @@ def environment(substrate: Substrate) -> Info:
             "device": str(substrate.processes.device),
             "language_model_dtype": substrate.precision,
             "evaluation_code": laboratory_digest(),
-            "substrate_fingerprint": substrate.source.fingerprint}
+            "substrate_fingerprint": substrate.source.fingerprint, "text": substrate.texts()}
 
 
 def processor_name() -> str:
@@ -276,9 +255,10 @@ def processor_name() -> str:
     return platform.processor()
 
 
-def collect(run: str, budget: str, config: Info, results: Results, histories: dict[int, list],
-            substrate: Substrate, clock: Clock, study: Path) -> Info:
+def collect(run: str, budget: str, config: Info, evaluated: Evaluated,
+            histories: dict[int, list], substrate: Substrate, clock: Clock, study: Path) -> Info:
     """final_info.json: SAEBench's keys first, then the study's own."""
+    results = evaluated.by_seed
     losses = {seed: [line["loss"] for line in history if "loss" in line]
               for seed, history in histories.items()}
     rows = [{**flat_metrics(parts), "final_loss": losses[seed][-1] if losses[seed] else None}
@@ -291,6 +271,7 @@ def collect(run: str, budget: str, config: Info, results: Results, histories: di
         "seeds": [{"seed": seed, **row} for seed, row in zip(results, rows)],
         **{part: {"per_seed": [parts[part] for parts in results.values()]}
            for part in ("reconstruction", "conditioning", "unlearning")},
+        "yardstick": evaluated.yardstick,
         "skipped": {**substrate.corpus["skipped"], **probing[0]["skipped"]},
         "environment": environment(substrate),
     }

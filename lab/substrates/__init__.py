@@ -18,7 +18,7 @@ from lab.language_model import LanguageModel, faster_dtype
 from lab.storage import Cache, checksum, code_digest, digest, randomness
 from lab.substrates.pythia import HubRefusal, Pythia
 from lab.substrates.standin import Standin
-from lab.substrates.texts import DOMAINS, Sizes, pack_contexts
+from lab.substrates.texts import NAMED, Sizes, pack_contexts
 
 SINK_FACTOR = 10.0  # a token this many median norms long is an attention sink
 
@@ -77,7 +77,7 @@ class Substrate:
     def __init__(self, source: Standin | Pythia, sizes: Sizes, cache: Cache,
                  processes: Processes):
         self.source, self.sizes, self.cache, self.processes = source, sizes, cache, processes
-        self.name = source.name
+        self.name, self.domains = source.name, (*NAMED, *source.unnamed)
         self.dtype = faster_dtype(processes.device)
         self.causes = (source.name, source.fingerprint, str(self.dtype), torch.__version__,
                        transformers.__version__, code_digest(LanguageModel))
@@ -108,8 +108,8 @@ class Substrate:
     def learn(self) -> Contexts:
         """What is trained on, in random order: at most `learn_tokens`, half of them forget text."""
         left = self.sizes.learn_tokens // self.sizes.context_length
-        contexts = self.contexts("learn", (left // 2, left, 0))
-        for domain, name in enumerate(DOMAINS[:2]):
+        contexts = self.contexts("learn", NAMED, (left // 2, left))
+        for domain, name in enumerate(NAMED):
             if not (contexts.domain_N == domain).any():
                 raise UserError(f"{self.name} has no context of {self.sizes.context_length} tokens "
                                 f"of {name} text to train on; learn_tokens must allow for one")
@@ -117,16 +117,17 @@ class Substrate:
 
     @functools.cached_property
     def ask(self) -> Contexts:
-        """What is evaluated on, the third text, which no label names, included."""
-        return self.contexts("ask", (self.sizes.heldout_contexts,) * len(DOMAINS))
+        """What is evaluated on, unnamed texts included."""
+        most = (self.sizes.heldout_contexts,) * len(self.domains)
+        return self.contexts("ask", self.domains, most)
 
-    def contexts(self, half: str, most: tuple[int, ...]) -> Contexts:
+    def contexts(self, half: str, domains: tuple[str, ...], most: tuple[int, ...]) -> Contexts:
         """Packed contexts of a half, at most `most[k]` of domain k; learn text shares the room."""
         sizes = self.sizes
 
         def build() -> tuple[dict[str, Tensor], Any]:
             parts, taken = [], 0
-            for domain, name in enumerate(DOMAINS):
+            for domain, name in enumerate(domains):
                 documents = self.lm.tokenize(self.corpus[half][name])
                 rows = pack_contexts(documents, self.lm.separator, sizes.context_length)
                 order = torch.randperm(len(rows), generator=randomness("contexts", name))
@@ -139,9 +140,19 @@ class Substrate:
                 tokens_NT, domain_N = tokens_NT[mix], domain_N[mix]
             return {"tokens": tokens_NT, "domain": domain_N}, None
 
-        causes = most, sizes.context_length, digest(self.corpus[half]), code_digest(Substrate)
+        causes = (domains, most, sizes.context_length, digest(self.corpus[half]),
+                  code_digest(Substrate))
         kept = self.cached(f"contexts-{half}", build, *causes)[0]
         return Contexts(kept["tokens"], kept["domain"])
+
+    def texts(self) -> dict[str, Any]:
+        """What of text enters results: where it comes from, and how much there is by domain."""
+        halves = {"learn": self.learn, "ask": self.ask}
+        tokens = {half: {name: int((contexts.domain_N == k).sum()) * self.sizes.context_length
+                         for k, name in enumerate(self.domains)}
+                  for half, contexts in halves.items()}
+        return {"sources": self.source.sources(), "documents": self.corpus["documents"],
+                "tokens": tokens}
 
     @functools.cached_property
     def sink_norm(self) -> float:

