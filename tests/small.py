@@ -3,9 +3,10 @@
     python tests/small.py FOLDER EVENT CALL OF --out_dir=run_1
 
 FOLDER is what `local_hub` made. At the CALL-th call of the function OF (such as
-`experiment.CustomTrainer.step`, in the module that uses it, or `os.fsync`, which every file that
-is written goes through) EVENT happens: a signal by its name, or `vanish`, which removes the cache.
-OF may be `never`. Under torchrun it happens to the process SMALL_RANK.
+`experiment.CustomTrainer.step`, in the module that uses it) EVENT happens: a signal by its name, or
+`vanish`, which removes the cache. OF may be `never`, or `write:PART`: then the calls are writes of
+files with PART in their path, and EVENT happens in the middle of one. Under torchrun it happens to
+the process SMALL_RANK.
 """
 
 import functools
@@ -40,6 +41,9 @@ TINY_SIZES = Sizes(
     question_candidates=8, questions=3, probe_train=40, probe_test=20,
 )
 WIDTH = 128  # D of the tiny model
+SECRETS = {"WANDB_API_KEY": "5ec7e7" + "0" * 34, "HF_TOKEN": "hf_5ec7e7",
+           "AWS_SECRET_ACCESS_KEY": "5ec7e7/aws"}
+TIMES = ("timing", "datetime_epoch_millis")  # differ between equal results
 
 
 def paragraphs(numbers):
@@ -147,6 +151,15 @@ def child(hub, folder, event="x", call=0, of="never", **environment):
     )
 
 
+def contents(folder):
+    """Every file of a run folder by path, results without their times."""
+    files = {str(path.relative_to(folder)): path.read_bytes()
+             for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".part"}
+    info = json.loads(files["final_info.json"])
+    files["final_info.json"] = {key: part for key, part in info.items() if key not in TIMES}
+    return files
+
+
 def happen(event):
     if event == "vanish":
         shutil.rmtree(os.environ["SAE_CACHE_DIR"])
@@ -158,17 +171,19 @@ def happen(event):
 
 
 def at_call(event, call, of, patch=setattr):
-    """Let `event` happen at the `call`-th call of the function named `of`."""
-    path, _, name = of.rpartition(".")
+    """Let `event` happen at the `call`-th call of the function, or write, that `of` names."""
+    part = of.removeprefix("write:") if of.startswith("write:") else ""
+    path, _, name = ("os.fsync" if part else of).rpartition(".")
     owner = pkgutil.resolve_name(path)
     function, calls = getattr(owner, name), 0
 
     @functools.wraps(function)
     def counted(*arguments, **options):
         nonlocal calls
-        calls += 1
-        if calls == call:
-            happen(event)
+        if part in (os.readlink(f"/proc/self/fd/{arguments[0]}") if part else ""):
+            calls += 1
+            if calls == call:
+                happen(event)
         return function(*arguments, **options)
 
     patch(owner, name, counted)

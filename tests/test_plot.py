@@ -1,33 +1,36 @@
 """plot.py on fabricated run folders: complete, honest, deterministic, and hard to break."""
 
+import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import plot  # noqa: E402
+from lab.results.checksum import canonical, is_unaltered, result_checksum  # noqa: E402
+from lab.results.statistics import concave_envelope, frontier_area  # noqa: E402
 
-NAMES = (
-    "unlearning_frontier",
-    "unlearning_summary",
-    "alpha_sweep",
-    "grouping_interval",
-    "condition_numbers",
-    "sparse_probing",
-    "reconstruction",
-    "training_curves",
-    "overview",
-)
+NAMES = tuple(plot.FIGURES)
 FILES = {f"{name}.{kind}" for name in NAMES for kind in ("png", "pdf")}
-RUN_0_LINE = "run_0: untrained baseline on gemma-2-2b, chance accuracies; not drawn"
+RUN_0_LINE = (
+    "run_0: left out, the given baseline: an untrained SAE on gemma-2-2b, at chance"
+)
+ONLY_RUN_0_LINE = (
+    "only the given baseline, run_0, is here, which is not drawn: "
+    "begin with python experiment.py --out_dir=run_1"
+)
 # orthogonality, alpha, regroup_every, eta, and plausible area, median κ, explained variance
 ROWS = {
     "run_1": ("adaptive", 0.1, 250, 5.0, 5.2, 1.95, 0.781),
@@ -67,12 +70,11 @@ def settings_of(area, rng):
 
 def seed_of(row, seed, rng):
     """One seed's flat metrics, its unlearning and its conditioning."""
-    mode, alpha, _, _, area, kappa, variance = row
+    *_, area, kappa, variance = row
     settings = settings_of(area * rng.normal(1, 0.04), rng)
-    points = np.array([[s["retain_ce_rise"], s["forget_ce_rise"]] for s in settings])
+    points = [np.array([s[f"{kind}_ce_rise"] for s in settings]) for kind in ("retain", "forget")]
     control = [{**s, "forget_ce_rise": 1.1 * s["retain_ce_rise"]} for s in settings[-10:-8]]
     kappas = 1 + (kappa - 1) * rng.lognormal(0, 0.5, 72)
-    medians = kappa * np.array([0.9, 0.97, 1.03, 1.2]) * rng.normal(1, 0.02, 4)
     metrics = {
         "l0": rng.normal(41, 0.5),
         "explained_variance": rng.normal(variance, 0.001),
@@ -85,10 +87,11 @@ def seed_of(row, seed, rng):
         "kappa_median": np.median(kappas),
         "kappa_p90": np.quantile(kappas, 0.9),
         "kappa_max": kappas.max(),
+        "accuracy_area": rng.uniform(0.05, 0.15),
         "unlearning_score": rng.uniform(0.1, 0.4) if area > 3 else None,
-        "unlearning_area": plot.envelope(points, plot.BUDGETS).mean(),
+        "unlearning_area": frontier_area(*points, 0.3),
         **{
-            f"forget_rise_at_{b}": float(plot.envelope(points, np.array([float(b)]))[0])
+            f"forget_rise_at_{b}": float(concave_envelope(*points, np.array([float(b)]))[0])
             for b in ("0.01", "0.05", "0.1")
         },
         "sae_test_accuracy": 0.93,
@@ -97,19 +100,13 @@ def seed_of(row, seed, rng):
     for i, k in enumerate((1, 2, 5, 10, 20, 50)):
         metrics[f"sae_top_{k}_test_accuracy"] = 0.68 + 0.045 * i + rng.normal(area / 400, 0.006)
         metrics[f"llm_top_{k}_test_accuracy"] = 0.60 + 0.055 * i
-    conditioning = {
-        "kappa": [*map(float, kappas[1:]), None],
-        "by_coactivation": [
-            {"quartile": q + 1, "coactivation": 0.1 * q, "kappa_median": m}
-            for q, m in enumerate(medians)
-        ],
-    }
+    conditioning = {"kappa": [*map(float, kappas[1:]), None]}
     unlearning = {"area": metrics["unlearning_area"], "settings": settings, "control": control}
     return {"seed": seed, **metrics}, unlearning, conditioning
 
 
 def history_of(row, seeds, rng):
-    mode, alpha, _, _, _, kappa, variance = row
+    mode = row[0]
     for seed in seeds:
         for step in range(0, 1201, 25):
             decay, noise = np.exp(-step / 200), rng.normal(1, 0.01)
@@ -119,13 +116,11 @@ def history_of(row, seeds, rng):
                 "tokens": 2048 * step,
                 "loss": (0.5 + decay) * noise,
                 "l0": (41 + 900 * np.exp(-step / 60)) * noise,
-                "explained_variance": (variance - decay) * noise,
+                "fit": (0.2 + decay) * noise,
                 "lambda": 0.04 + step * 1e-5,
                 "l_dir": 0.88 + (0.3 * (mode == "off") + decay) * noise,
                 "l_use": None if mode == "off" else 0.4 + 0.5 * decay * noise,
             }
-            if step % 250 == 0:
-                line["kappa_median"] = kappa + decay * noise
             yield json.dumps(line)
 
 
@@ -172,9 +167,18 @@ def edit(folder, name, change):
     path.write_text(json.dumps(info))
 
 
-def run_plot(folder, **environment):
+def fabricate_baseline(folder):
+    (folder / "run_0").mkdir()
+    (folder / "run_0" / "final_info.json").write_text('{"eval_type_id": "sparse_probing"}')
+
+
+def run_plot(folder, script=ROOT / "plot.py", shell=None, **environment):
+    """plot.py as a person runs it; `shell` is put behind the command."""
+    command = [sys.executable, "-W", "error", str(script)]
+    if shell:
+        command = ["bash", "-o", "pipefail", "-c", f'"$@" {shell}', "bash", *command]
     return subprocess.run(
-        [sys.executable, "-W", "error", str(ROOT / "plot.py")],
+        command,
         cwd=folder,
         text=True,
         capture_output=True,
@@ -186,7 +190,7 @@ def run_plot(folder, **environment):
 def run_here(folder, monkeypatch, capsys, *figures):
     """main() in this process with only the named figures: exit code and printed lines."""
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(plot, "FIGURES", figures)
+    monkeypatch.setattr(plot, "FIGURES", {name: plot.FIGURES[name] for name in figures})
     code = plot.main()
     printed = capsys.readouterr()
     return code, (printed.out + printed.err).splitlines()
@@ -196,31 +200,15 @@ def notes_of(lines, name):
     return [line for line in lines if line.startswith(f"{name}:")]
 
 
-# --- The envelope ---------------------------------------------------------------------------------
+def read(folder):
+    runs, _ = plot.read_study(sorted(folder.glob("run_*"), key=lambda path: path.name))
+    return runs
 
 
-def test_envelope_by_hand():
-    # (0.1, 1) and (0.2, 1.5) are on the hull, (0.15, 1.0) is below it, (0.4, 1.2) past the best
-    points = np.array([[0.2, 1.5], [0.1, 1.0], [0.15, 1.0], [0.4, 1.2]])
-    budgets = np.array([0.0, 0.05, 0.1, 0.15, 0.2, 0.3])
-    assert plot.envelope(points, budgets) == pytest.approx([0, 0.5, 1.0, 1.25, 1.5, 1.5])
-
-
-def test_envelope_takes_negative_cost_as_free_and_keeps_the_best_of_equals():
-    points = np.array([[-0.5, 0.3], [0.0, 0.2], [0.1, 0.1], [0.2, 0.5], [0.2, 0.4]])
-    assert plot.envelope(points, np.array([0.0, 0.1, 0.2])) == pytest.approx([0.3, 0.4, 0.5])
-
-
-def test_envelope_of_harmful_settings_is_doing_nothing():
-    assert plot.envelope(np.array([[0.1, -1.0]]), plot.BUDGETS) == pytest.approx(0)
-
-
-def test_envelope_is_concave_monotone_and_above_all_points():
-    points = np.random.default_rng(0).uniform(0, 0.3, (200, 2))
-    line = plot.envelope(points, plot.BUDGETS)
-    assert (np.diff(line) >= -1e-12).all()
-    assert (np.diff(line, 2) <= 1e-9).all()
-    assert (plot.envelope(points, points[:, 0]) >= points[:, 1] - 1e-12).all()
+def drawn(folder, name):
+    runs = read(folder)
+    with matplotlib.rc_context(plot.STYLE):  # as plot.main has it
+        return plot.explain(plot.FIGURES[name](runs), runs)
 
 
 # --- Whole runs of the program --------------------------------------------------------------------
@@ -234,13 +222,23 @@ def test_no_run_folder_is_an_error(tmp_path):
     assert not (tmp_path / "figures").exists()
 
 
-def test_only_the_given_baseline_is_nothing_to_draw(tmp_path):
-    (tmp_path / "run_0").mkdir()
-    (tmp_path / "run_0" / "final_info.json").write_text('{"eval_type_id": "sparse_probing"}')
+def test_a_checkout_with_only_run_0_is_told_in_one_line_and_is_no_error(tmp_path):
+    fabricate_baseline(tmp_path)
     result = run_plot(tmp_path)
-    assert result.returncode == 0
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines() == [ONLY_RUN_0_LINE]
     assert not (tmp_path / "figures").exists()
-    assert result.stdout.splitlines() == [RUN_0_LINE, "nothing to draw: no finished run yet"]
+
+
+def test_an_unfinished_run_is_nothing_to_draw_and_no_error(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run_1").mkdir()
+    assert run_here(tmp_path, monkeypatch, capsys) == (
+        0,
+        [
+            "run_1: left out, unfinished (no final_info.json)",
+            "nothing to draw: no finished run yet",
+        ],
+    )
 
 
 def test_one_run_with_one_seed_and_the_same_bytes_again(tmp_path, monkeypatch, capsys):
@@ -250,18 +248,16 @@ def test_one_run_with_one_seed_and_the_same_bytes_again(tmp_path, monkeypatch, c
     first = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
     assert set(first) == FILES  # and no temporary file
     assert not any(b"tEXtSoftware" in data or b"CreationDate" in data for data in first.values())
-    again = (plot.unlearning_frontier, plot.condition_numbers, plot.overview)
+    again = ("unlearning_frontier", "condition_numbers", "overview")
     assert run_here(tmp_path, monkeypatch, capsys, *again)[0] == 0
-    for draw, kind in ((draw, kind) for draw in again for kind in ("png", "pdf")):
-        name = f"{draw.__name__}.{kind}"
+    for name in (f"{name}.{kind}" for name in again for kind in ("png", "pdf")):
         assert (tmp_path / "figures" / name).read_bytes() == first[name], name
 
 
 def test_ten_runs_on_an_ascii_terminal(tmp_path):
     for name in ROWS:
         fabricate(tmp_path, name, seeds=(3, 4, 5) if name == "run_10" else (0, 1, 2))
-    (tmp_path / "run_0").mkdir()
-    (tmp_path / "run_0" / "final_info.json").write_text('{"eval_type_id": "sparse_probing"}')
+    fabricate_baseline(tmp_path)
     result = run_plot(tmp_path, PYTHONIOENCODING="ascii")
     assert (result.returncode, result.stderr) == (0, "")
     assert {path.name for path in (tmp_path / "figures").iterdir()} == FILES
@@ -278,6 +274,118 @@ def test_unwritable_figures_are_one_clear_line(tmp_path):
     result = run_plot(tmp_path)
     assert result.returncode == 1
     assert result.stderr.splitlines() == ["cannot write figures/: File exists"]
+
+
+def test_the_committed_study_is_unaltered_and_drawn_whole():
+    runs, notes = plot.read_study(sorted((ROOT / "study").glob("run_*")))
+    assert [run.name for run in runs] == list(ROWS)
+    assert notes == []
+    assert plot.incomparable(runs) == []
+
+
+# --- Surroundings ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", [">&-", ">/dev/full", "| true", ">&- 2>&-"])
+def test_nobody_reading_the_output_is_no_error(tmp_path, shell):
+    fabricate_baseline(tmp_path)
+    result = run_plot(tmp_path, shell=shell)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no_backend"])
+def test_a_backend_that_is_not_installed_is_not_asked_for(tmp_path, backend):
+    fabricate_baseline(tmp_path)
+    result = run_plot(tmp_path, MPLBACKEND=backend)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_package_that_fails_to_import_is_one_line_with_the_real_cause(tmp_path):
+    fabricate_baseline(tmp_path)
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib" / "__init__.py").write_text(
+        'try:\n    raise OSError("libpng.so: cannot open")\nexcept OSError as error:\n'
+        '    raise ImportError("please\\nread the manual") from error\n'
+    )
+    result = run_plot(tmp_path, PYTHONPATH=str(tmp_path))
+    assert (result.returncode, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: plot.py cannot start: OSError: libpng.so: cannot open (in ")
+    assert str(tmp_path / "matplotlib") in line
+
+
+def test_plot_without_the_laboratory_beside_it_names_what_is_missing(tmp_path):
+    shutil.copy(ROOT / "plot.py", tmp_path)
+    result = run_plot(tmp_path, tmp_path / "plot.py")
+    assert (result.returncode, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert "No module named 'lab'" in line
+    assert "needs lab/ beside it" in line
+
+
+def test_the_laboratory_is_found_where_python_does_not_look_beside_the_script(tmp_path):
+    fabricate_baseline(tmp_path)
+    assert run_plot(tmp_path, PYTHONSAFEPATH="1").stdout.splitlines() == [ONLY_RUN_0_LINE]
+
+
+def test_plot_imports_of_the_laboratory_only_statistics_and_checksums_and_never_torch():
+    code = "import sys, plot; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"torch", "scipy", "experiment", "lab.storage"} & set(loaded)
+    nodes = ast.walk(ast.parse((ROOT / "plot.py").read_text()))
+    modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    names = {"lab.results", "lab.results.checksum", "lab.results.statistics"}
+    assert {name for name in modules if name.split(".")[0] == "lab"} == names
+
+
+def test_plot_stays_short_enough_to_be_read():
+    text = (ROOT / "plot.py").read_text()
+    assert len(text.splitlines()) <= 600
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 40, node.name
+
+
+# --- Checksums ------------------------------------------------------------------------------------
+
+
+def test_results_saved_again_with_2_for_2_0_or_in_another_order_count_as_unaltered():
+    info = {"means": {"l0": 2.0, "area": 0.1}, "seeds": [{"seed": 0}], "none": float("nan")}
+    info["sha256"] = result_checksum(info)
+    again = json.loads('{"none": null, "seeds": [{"seed": 0.0}], "means": {"area": 1e-1, "l0": 2}}')
+    again |= {"sha256": info["sha256"], "timing": {"seconds": 3}}
+    assert is_unaltered(info)
+    assert is_unaltered(again)
+    assert is_unaltered({key: again[key] for key in again if key != "sha256"})  # nothing to check
+
+
+@pytest.mark.parametrize("change", [{"l0": 2.5}, {"l0": None}, {"l0": "2"}, {"l0": True}, {}])
+def test_altered_results_do_not_pass_for_unaltered(change):
+    info = {"means": {"l0": 2.0}}
+    checksum = result_checksum(info)
+    assert not is_unaltered({"means": change, "sha256": checksum})
+    assert not is_unaltered({"means": {"l0": 2.0}, "sha256": [checksum]})
+
+
+def test_results_in_numpy_numbers_and_as_read_again_have_one_checksum():
+    info = {"a": np.float64(2), "b": np.int64(3), "c": (np.float32(0.5), np.inf), "d": np.True_}
+    assert canonical(info) == '{"a":2,"b":3,"c":[0.5,null],"d":true}'
+    assert result_checksum(json.loads(canonical(info))) == result_checksum(info)
+
+
+def test_results_saved_again_by_another_tool_are_drawn(tmp_path):
+    fabricate(tmp_path, "run_8")
+    edit(tmp_path, "run_8", lambda info: info["means"].update(l0=41.0))
+    edit(tmp_path, "run_8", lambda info: info.update(sha256=result_checksum(info)))
+    path = tmp_path / "run_8" / "final_info.json"
+    assert ": 41.0" in path.read_text()
+    path.write_text(path.read_text().replace(": 41.0", ": 41"))
+    assert [run.name for run in read(tmp_path)] == ["run_8"]
+    path.write_text(path.read_text().replace(": 41,", ": 42,", 1))
+    (note,) = plot.read_study([tmp_path / "run_8"])[1]
+    assert "altered" in note
 
 
 # --- Any mixture of folders -----------------------------------------------------------------------
@@ -297,7 +405,7 @@ def test_every_unsound_folder_gets_one_line_and_the_rest_is_drawn(tmp_path, monk
     (tmp_path / "run_10" / "final_info.json").write_bytes(
         (tmp_path / "run_1" / "final_info.json").read_bytes()
     )
-    code, lines = run_here(tmp_path, monkeypatch, capsys, plot.overview)
+    code, lines = run_here(tmp_path, monkeypatch, capsys, "overview")
     assert code == 0
     assert (tmp_path / "figures" / "overview.png").exists()
     reasons = {
@@ -336,9 +444,9 @@ def test_a_run_without_a_part_is_drawn_without_it(tmp_path, monkeypatch, capsys)
         tmp_path,
         monkeypatch,
         capsys,
-        plot.unlearning_frontier,
-        plot.condition_numbers,
-        plot.overview,
+        "unlearning_frontier",
+        "condition_numbers",
+        "overview",
     )
     assert code == 0
     assert notes_of(lines, "run_2") == [
@@ -365,14 +473,19 @@ JUNK = [None, "x", [], {}, True, float("nan"), float("inf"), 10**400, -1]
 @pytest.mark.parametrize("junk", JUNK)
 def test_junk_anywhere_neither_raises_nor_becomes_a_number(tmp_path, junk):
     info = fabricate(tmp_path, "run_1")
-    for section in ("seeds", "unlearning", "conditioning", "comparisons"):
+    fabricate(tmp_path, "run_8")
+    for section in (
+        *("seeds", "unlearning", "conditioning", "comparisons"),
+        *("environment", "evaluation_code", "datetime_epoch_millis"),
+    ):
         edit(tmp_path, "run_1", lambda info, section=section: info.update({section: junk}))
-        (run,), _ = plot.read_study([tmp_path / "run_1"])
-        plot.table_rows([run])
+        runs = read(tmp_path)
+        plot.table_rows(runs)
+        plot.incomparable(runs)
     (tmp_path / "run_1" / "final_info.json").write_text(json.dumps(info))
     edit(tmp_path, "run_1", lambda info: info["means"].update(dict.fromkeys(info["means"], junk)))
-    (run,), _ = plot.read_study([tmp_path / "run_1"])
-    numbers = {run.stat(key)[0] for key in info["means"]}
+    run = read(tmp_path)[0]
+    numbers = {run.metric(key)[0] for key in info["means"]}
     assert numbers == {-1.0} if junk == -1 else all(np.isnan(list(numbers)))
 
 
@@ -393,8 +506,13 @@ def pair_of_runs(folder):
 
 
 def difference(folder):
-    runs, _ = plot.read_study(sorted(folder.glob("run_*")))
-    return plot.difference(runs[0], runs[1])
+    mine, theirs = read(folder)
+    return plot.area_gain(mine, theirs)[3]
+
+
+def store_comparison(folder, difference, low=2.5, high=3.5, run="run_1", base="run_8"):
+    stored = {"unlearning_area": {"difference": difference, "low": low, "high": high}}
+    edit(folder, run, lambda info: info.update(comparisons={base: stored}))
 
 
 def test_differences_are_paired_over_seeds(tmp_path):
@@ -403,91 +521,203 @@ def test_differences_are_paired_over_seeds(tmp_path):
     assert difference(tmp_path) == f"{gains.mean():+.2f} ± {error:.2f}"
 
 
-def test_the_bootstrap_interval_is_shown_while_it_is_current(tmp_path):
+def test_the_stored_interval_is_shown_while_it_is_about_these_two_runs(tmp_path):
     gains = pair_of_runs(tmp_path)
-
-    def compare(difference):
-        stored = {"unlearning_area": {"difference": difference, "low": 2.5, "high": 3.5}}
-        edit(tmp_path, "run_1", lambda info: info.update(comparisons={"run_8": stored}))
-
-    compare(gains.mean())
+    store_comparison(tmp_path, gains.mean())
     assert difference(tmp_path) == f"{gains.mean():+.2f} [2.50, 3.50]"
-    compare(gains.mean() + 0.5)  # run_8 was trained anew since
+    store_comparison(tmp_path, gains.mean() + 0.5)  # run_8 was trained anew since
     assert "±" in difference(tmp_path)
+
+
+def test_an_interval_that_the_other_run_stored_is_shown_mirrored(tmp_path):
+    gains = pair_of_runs(tmp_path)
+    store_comparison(tmp_path, -gains.mean(), -3.5, -2.5, run="run_8", base="run_1")
+    assert difference(tmp_path) == f"{gains.mean():+.2f} [2.50, 3.50]"
 
 
 def test_runs_without_a_common_seed_are_marked(tmp_path):
     fabricate(tmp_path, "run_10", seeds=(7, 8, 9))
     fabricate(tmp_path, "run_8")
-    runs, _ = plot.read_study([tmp_path / "run_8", tmp_path / "run_10"])
-    assert plot.difference(runs[1], runs[0]).endswith("†")
+    assert difference(tmp_path).endswith("†")
 
 
-# --- Honest axes ----------------------------------------------------------------------------------
+# --- Runs that may not be compared ----------------------------------------------------------------
 
 
-def drawn(folder, draw):
-    runs, _ = plot.read_study(sorted(folder.glob("run_*"), key=lambda path: path.name))
-    with matplotlib.rc_context(plot.STYLE):  # as plot.main has it
-        return draw(runs).axes
+def evaluated(folder, **by_run):
+    """Store what runs were evaluated by, and when: (evaluation code, precision, time)."""
+    for name, (code, precision, time) in by_run.items():
+        environment = {"evaluation_code": code, "language_model_dtype": precision}
+        environment = {key: value for key, value in environment.items() if value}
+        change = {"environment": environment, "datetime_epoch_millis": time}
+        edit(folder, name, lambda info, change=change: info.update(change))
 
 
-def test_bars_start_at_zero_and_accuracies_at_chance(tmp_path):
+OTHER_PRECISION = ("a1", "bfloat16", 1), ("a1", "float32", 2)
+OTHER_CODE = ("a1", "bfloat16", 1), ("b2", "bfloat16", 2)
+OLDER = (None, "bfloat16", 1), ("b2", "bfloat16", 2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "what"),
+    [
+        (*OTHER_PRECISION, "language_model_dtype (bfloat16 ≠ float32)"),
+        (*OTHER_CODE, "evaluation_code (a1 ≠ b2)"),
+        (*OLDER, "evaluation_code (not stored ≠ b2)"),
+    ],
+)
+def test_runs_evaluated_differently_are_drawn_but_never_subtracted(tmp_path, old, new, what):
+    gains = pair_of_runs(tmp_path)
+    store_comparison(tmp_path, gains.mean())  # even if somebody did
+    evaluated(tmp_path, run_1=old, run_8=new)
+    assert difference(tmp_path) == "n/c"
+    line = (
+        "Not compared (n/c): run_1 with run_8, the newest. They differ in "
+        f"{what}. Repeat run_1."
+    )
+    assert plot.incomparable(read(tmp_path)) == [line]
+    figure = drawn(tmp_path, "overview")
+    assert what in figure.get_supxlabel().replace("\n", " ")
+    dotted = [line for ax in figure.axes[3:] for line in ax.lines if line.get_linestyle() == ":"]
+    assert not dotted  # the vanilla SAE's
+
+
+def test_the_printed_line_names_who_differs_and_the_table_has_n_c(tmp_path, monkeypatch, capsys):
+    for name in ("run_1", "run_2", "run_8"):
+        fabricate(tmp_path, name)
+    old, new = OTHER_PRECISION
+    evaluated(tmp_path, run_1=old, run_2=old, run_8=new)
+    code, lines = run_here(tmp_path, monkeypatch, capsys)
+    assert code == 0
+    assert lines[0] == (
+        "Not compared (n/c): run_1, run_2 with run_8, the newest. They differ in "
+        "language_model_dtype (bfloat16 ≠ float32). Repeat run_1, run_2."
+    )
+    assert ["n/c" in line for line in lines[2:5]] == [True, True, False]
+
+
+def test_runs_without_a_stored_evaluation_code_are_compared(tmp_path):
+    pair_of_runs(tmp_path)
+    evaluated(tmp_path, run_1=(None, "bfloat16", 1), run_8=(None, "bfloat16", 2))
+    assert "±" in difference(tmp_path)
+    assert plot.incomparable(read(tmp_path)) == []
+
+
+def test_sweeps_draw_no_band_of_a_run_that_may_not_be_compared(tmp_path):
+    for name in ("run_1", "run_2", "run_7", "run_8"):
+        fabricate(tmp_path, name)
+
+    def bands():
+        (legend,) = drawn(tmp_path, "alpha_sweep").legends
+        return [text.get_text()[0] for text in legend.get_texts()]
+
+    assert bands() == ["2", "1", "7", "8"]
+    old, new = OTHER_PRECISION
+    evaluated(tmp_path, run_1=new, run_2=new, run_7=new, run_8=old)
+    assert bands() == ["2", "1", "7"]
+
+
+def test_sweeps_do_not_connect_runs_that_may_not_be_compared(tmp_path):
+    for name in ("run_1", "run_2"):
+        fabricate(tmp_path, name)
+
+    def connected():
+        lines = drawn(tmp_path, "alpha_sweep").axes[0].lines
+        return any(len(line.get_xdata()) == 2 and line.get_color() == plot.INK for line in lines)
+
+    assert connected()
+    evaluated(tmp_path, **dict(zip(("run_1", "run_2"), OTHER_CODE)))
+    assert not connected()
+
+
+# --- Honest figures -------------------------------------------------------------------------------
+
+
+def test_no_text_of_any_figure_overlaps_another(tmp_path, monkeypatch):
+    for name in ROWS:
+        fabricate(tmp_path, name, seeds=(7, 8, 9) if name == "run_10" else (0, 1, 2))
+    texts, draw = [], Text.draw
+
+    def spy(text, renderer):
+        if text.get_text().strip():
+            texts.append((text.get_text(), text.get_window_extent(renderer)))
+        draw(text, renderer)
+
+    for name in plot.FIGURES:
+        figure = drawn(tmp_path, name)
+        texts.clear()
+        with matplotlib.rc_context(plot.STYLE), monkeypatch.context() as patch:
+            patch.setattr(Text, "draw", spy)
+            FigureCanvasAgg(figure).draw()
+        assert len(texts) > 20
+        for (one, box), (other, second) in combinations(texts, 2):
+            shared = box.intersection(box, second)
+            assert shared is None or min(shared.width, shared.height) < 2, (name, one, other)
+        assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for _, box in texts), name
+
+
+def test_figures_explain_the_terms_that_their_panels_use(tmp_path):
+    fabricate(tmp_path, "run_8")
+    notes = {name: drawn(tmp_path, name).get_supxlabel() for name in plot.FIGURES}
+    assert all(term in notes["overview"] for term in ("area:", "κ:", "CE score:", "Probes"))
+    assert "κ:" not in notes["sparse_probing"]
+    assert "Probes" not in notes["condition_numbers"]
+    assert all("budget full, seeds a run: 3" in note for note in notes.values())
+
+
+def test_metrics_start_at_zero_and_accuracies_at_chance(tmp_path):
     for name in ("run_2", "run_7", "run_8"):
         fabricate(tmp_path, name)
-    assert all(ax.get_xlim()[0] == 0 for ax in drawn(tmp_path, plot.unlearning_summary))
-    (probing,) = drawn(tmp_path, plot.sparse_probing)
+    panels = drawn(tmp_path, "unlearning_summary").axes
+    assert [ax.get_xlim()[0] for ax in (panels[0], *panels[2:])] == [0] * 5
+    probing = drawn(tmp_path, "sparse_probing").axes[2]
     assert probing.get_ylim()[0] == 0.5
-    assert probing.get_title(loc="left") == "y axis from 0.5"
-    assert all(
-        "y axis from" in ax.get_title(loc="left") for ax in drawn(tmp_path, plot.reconstruction)
-    )
+    assert probing.get_ylabel() == "probe accuracy, chance 0.5 (axis from 0.5)"
+    assert drawn(tmp_path, "alpha_sweep").axes[3].get_ylim()[0] == 0.5
+
+
+def test_axes_cut_above_zero_say_so(tmp_path):
+    for name in ("run_2", "run_7", "run_8"):
+        fabricate(tmp_path, name)
+    panels = drawn(tmp_path, "reconstruction").axes
+    assert [("axis from" in ax.get_xlabel()) for ax in panels] == [False, True, True]
+    assert not any("axis from" in ax.get_ylabel() for ax in panels)
 
 
 def test_accuracies_below_chance_are_not_cut_off(tmp_path):
     fabricate(tmp_path, "run_8")
     edit(tmp_path, "run_8", lambda info: info["means"].update(sae_top_1_test_accuracy=0.41))
-    (probing,) = drawn(tmp_path, plot.sparse_probing)
-    assert probing.get_ylim()[0] < 0.41
+    assert drawn(tmp_path, "sparse_probing").axes[2].get_ylim()[0] < 0.41
 
 
 def test_singular_groups_keep_the_distribution_below_one(tmp_path):
     fabricate(tmp_path, "run_8")  # one group in 72 is null
-    top = max(
-        line.get_ydata().max()
-        for line in drawn(tmp_path, plot.condition_numbers)[0].lines
-        if len(line.get_xdata()) > 2
-    )
+    curves = drawn(tmp_path, "condition_numbers").axes[2]
+    top = max(line.get_ydata().max() for line in curves.lines if len(line.get_xdata()) > 2)
     assert top == pytest.approx(71 / 72)
 
 
-def test_what_was_not_recorded_is_said_in_its_panel(tmp_path):
+def test_the_frontier_is_the_mean_of_the_seeds_concave_envelopes(tmp_path):
+    fabricate(tmp_path, "run_8")
+    run = read(tmp_path)[0]
+    lines = [concave_envelope(*table.T, plot.COSTS) for table in run.settings()]
+    (line, *_) = drawn(tmp_path, "overview").axes[0].lines
+    assert line.get_ydata() == pytest.approx(np.mean(lines, 0))
+    assert run.metric("unlearning_area")[0] == pytest.approx(np.mean(lines), rel=1e-2)
+
+
+def test_what_was_not_measured_is_said_in_its_panel(tmp_path):
     fabricate(tmp_path, "run_8")
     (tmp_path / "run_8" / "history.jsonl").unlink()
-    panels = [*drawn(tmp_path, plot.training_curves), drawn(tmp_path, plot.condition_numbers)[1]]
-    assert all(ax.texts[0].get_text() == "no finished run records this" for ax in panels)
-
-
-def test_runs_of_different_precision_are_said_to_be(tmp_path):
-    for name, precision in (("run_2", "bfloat16"), ("run_7", None), ("run_8", "bfloat16")):
-        fabricate(tmp_path, name)
-        if precision:
-            where = {"environment": {"language_model_dtype": precision}}
-            edit(tmp_path, name, lambda info, where=where: info.update(where))
-
-    def note():
-        runs, _ = plot.read_study(sorted(tmp_path.glob("run_*")))
-        return plot.sparse_probing(runs).get_supxlabel()
-
-    assert "language model ran" not in note()  # of run_7 it is not known
-    where = {"environment": {"language_model_dtype": "float32"}}
-    edit(tmp_path, "run_8", lambda info: info.update(where))
-    assert "The language model ran in bfloat16 or float32" in note()
+    edit(tmp_path, "run_8", lambda info: info["means"].pop("ce_score"))
+    panels = [*drawn(tmp_path, "training_curves").axes, drawn(tmp_path, "reconstruction").axes[2]]
+    assert all("not measured" in [text.get_text() for text in ax.texts] for ax in panels)
 
 
 def test_every_run_has_its_own_colour_and_marker():
-    assert list(plot.labels) == list(plot.COLOURS) == list(plot.MARKERS) == list(ROWS)
-    assert len(set(plot.COLOURS.values())) == len(set(plot.MARKERS.values())) == len(ROWS)
+    assert list(plot.labels) == list(plot.LOOKS) == list(ROWS)
+    for kind in ("color", "marker"):
+        assert len({look[kind] for look in plot.LOOKS.values()}) == len(ROWS)
 
 
 def test_a_term_that_a_run_lacks_is_not_drawn_as_zero(tmp_path):
@@ -497,28 +727,23 @@ def test_a_term_that_a_run_lacks_is_not_drawn_as_zero(tmp_path):
     path = tmp_path / "run_8" / "history.jsonl"
     rows = [{**json.loads(line), "l_dir": 0.0, "l_use": 0.0} for line in path.open()]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    panels = {ax.get_ylabel().split(",")[0]: ax for ax in drawn(tmp_path, plot.training_curves)}
-    colours = {
-        name: {line.get_color() for line in panels[name].lines} & set(plot.COLOURS.values())
-        for name in ("L_dir", "L_use", "sparsity penalty λ")
-    }
-    assert colours["L_dir"] == {plot.COLOURS["run_7"]}
-    assert plot.COLOURS["run_8"] not in colours["L_use"]
-    assert colours["sparsity penalty λ"] == {plot.COLOURS["run_7"], plot.COLOURS["run_8"]}
-    assert all(np.isfinite(ax.get_ylim()).all() for ax in panels.values())
+    panels = drawn(tmp_path, "training_curves").axes
+    fixed, off = (plot.LOOKS[name]["color"] for name in ("run_7", "run_8"))
+    colours = [{line.get_color() for line in ax.lines} & {fixed, off} for ax in panels]
+    assert colours == [{fixed, off}] * 3 + [{fixed}] * 2 + [{fixed, off}]
+    assert all(np.isfinite(ax.get_ylim()).all() for ax in panels)
 
 
 def test_legends_name_only_what_is_drawn(tmp_path):
     fabricate(tmp_path, "run_7")
     fabricate(tmp_path, "run_8")
-    runs, _ = plot.read_study(sorted(tmp_path.glob("run_*")))
-    (legend,) = plot.grouping_interval(runs).legends  # no run of the sweep, so no bands
+    (legend,) = drawn(tmp_path, "grouping_interval").legends  # no run of the sweep, so no bands
     assert not legend.get_texts()
 
 
-def test_small_bars_keep_two_digits(tmp_path):
+def test_small_values_keep_two_digits(tmp_path):
     fabricate(tmp_path, "run_8")
     edit(tmp_path, "run_8", lambda info: info["means"].update(unlearning_score=0.0374))
-    panels = drawn(tmp_path, plot.unlearning_summary)
+    panels = drawn(tmp_path, "unlearning_summary").axes
     assert [text.get_text() for text in panels[4].texts] == ["0.037"]
     assert panels[4].get_xlim()[0] == 0

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lab.console import report
 from lab.storage import Cache, digest, write_atomically
 
 HEADER = """Run log. experiment.py keeps one section a run up to date between its markers.
@@ -54,6 +55,20 @@ def describe(config: Mapping[str, Any]) -> str:
 def update_notes(path: Path, info: Mapping[str, Any], cache: Cache) -> None:
     """Replace the run's section of notes.txt, or add it; what people wrote outside stays.
 
+    A file that cannot be read or may not be written is left as it is, with one line that says so:
+    it costs no result.
+    """
+    try:
+        with cache.lock(f"notes-{digest(str(path.resolve()))}"):
+            content = path.read_bytes() if path.exists() else HEADER.encode()
+            write_atomically(path, with_section(content, info))
+    except (OSError, UnicodeError) as error:
+        report(f"{path} stays as it is: {getattr(error, 'strerror', '') or error}")
+
+
+def with_section(content: bytes, info: Mapping[str, Any]) -> bytes:
+    """Notes with the run's section, in the encoding in which they are.
+
     A section that lost its end stays too, as it cannot be told from a person's text.
     """
     run, config = info["run"], info["config"]
@@ -61,15 +76,13 @@ def update_notes(path: Path, info: Mapping[str, Any], cache: Cache) -> None:
     seeds = " ".join(str(seed) for seed in config["seeds"])
     section = "\n".join([begin, f"{config['purpose']}: {describe(config)}; {info['substrate']}, "
                          f"{info['budget']}, seeds {seeds}", *summary(info), end, ""])
-    with cache.lock(f"notes-{digest(str(path.resolve()))}"):
-        content = path.read_bytes() if path.exists() else HEADER.encode()
-        mark = next((mark for mark in BYTE_ORDER_MARKS if content.startswith(mark)), b"")
-        encoding = BYTE_ORDER_MARKS.get(mark, "utf-8")
-        # surrogateescape: bytes of another encoding that is like ASCII come back as they were
-        errors = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
-        text = content[len(mark):].decode(encoding, errors)
-        pattern = rf"{re.escape(begin)}(?:(?!=== run_\d+ \(written).)*?{re.escape(end)}\r?\n?"
-        text, replaced = re.subn(pattern, lambda _: section, text, count=1, flags=re.S)
-        if not replaced:
-            text += ("\n" if text.endswith("\n") else "\n\n") + section
-        write_atomically(path, mark + text.encode(encoding, errors))
+    mark = next((mark for mark in BYTE_ORDER_MARKS if content.startswith(mark)), b"")
+    encoding = BYTE_ORDER_MARKS.get(mark, "utf-8")
+    # surrogateescape: bytes of another encoding that is like ASCII come back as they were
+    errors = "surrogateescape" if encoding == "utf-8" else "surrogatepass"
+    text = content[len(mark):].decode(encoding, errors)
+    pattern = rf"{re.escape(begin)}(?:(?!=== run_\d+ \(written).)*?{re.escape(end)}\r?\n?"
+    text, replaced = re.subn(pattern, lambda _: section, text, count=1, flags=re.S)
+    if not replaced:
+        text += ("\n" if text.endswith("\n") else "\n\n") + section
+    return mark + text.encode(encoding, errors)

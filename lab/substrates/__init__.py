@@ -160,7 +160,10 @@ class Substrate:
 
         def build() -> tuple[dict[str, Tensor], Any]:
             x = torch.cat([self.lm.residual(part) for part in tokens_NT.split(16)])
-            return {"norm": SINK_FACTOR * x.float().norm(dim=-1).median()}, None
+            norm = x.float().norm(dim=-1).median()
+            if not torch.isfinite(norm):
+                raise UserError("the language model gives residuals that are not finite")
+            return {"norm": SINK_FACTOR * norm}, None
 
         tokens_NT = self.learn.tokens_NT[:64]
         causes = checksum({"tokens": tokens_NT}, ""), code_digest(Substrate)
