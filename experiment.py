@@ -12,6 +12,7 @@ group, K domains of text, N entries of a flat list, T tokens of a context.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -37,16 +38,16 @@ try:
     from lab.grouping import (CoactivationSketch, GroupStatistics, group_features,
                               group_statistics, random_condition_number)
     from lab.language_model import LanguageModel, faster_dtype
-    from lab.results.exports import export_sae, hook_name
+    from lab.results.exports import hook_name
     from lab.results.final_info import best_run, collect
     from lab.results.folder import RunFolder
-    from lab.results.notes import summary, update_notes
+    from lab.results.notes import summary
     from lab.results.tracking import Tracker
     from lab.sparse import Code, ExportedSAE, SparseAutoencode, faster_screen
     from lab.storage import (Cache, code_digest, digest, non_finite, randomness, read_tensors,
-                             to_json, write_tensors, write_text)
-    from lab.substrates import Pythia, Standin, Substrate, choose_source, quiet_libraries
-    from lab.substrates.texts import SIZES
+                             write_tensors)
+    from lab.substrates import Substrate, choose_source, quiet_libraries
+    from lab.substrates.texts import FORGET, RETAIN, SIZES
 except ModuleNotFoundError as missing:
     sys.exit(f"error: package {missing.name} is missing; pip install -r requirements.txt gives it")
 except Exception as broken:
@@ -120,6 +121,8 @@ class CustomSAEConfig:
     steps: int = 600
     batch_size: int = 2048
     """Tokens, over all processes."""
+    forget_share: float = 0.4
+    """Part of every batch that is forget text, however much of it there is."""
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     """Of the learning rate."""
@@ -164,6 +167,8 @@ class CustomSAEConfig:
             self.require(name, 0 <= getattr(self, name) <= 1, "use a part, from 0 to 1")
         self.require("group_size", self.group_size >= 2, "use at least 2")
         self.require("kappa_max", self.kappa_max > 1, "use more than 1")
+        n_forget = round(self.forget_share * self.batch_size)
+        self.require("forget_share", 0 < n_forget < self.batch_size, "use a part between 0 and 1")
         self.require("log_every", self.log_every <= self.steps, f"use at most steps={self.steps}")
         self.require("share_max", self.share_min <= self.share_max <= 1,
                      f"use at least share_min={self.share_min} and at most 1")
@@ -224,7 +229,8 @@ class ActivationBuffer:
             domains.append(shard["domain"])
         self.acts_ND, self.domain_N = self.acts_ND[:n], torch.cat(domains)
         self.scale = math.sqrt(square / len(self))  # c
-        self.order: tuple[Any, Tensor] = (None, torch.empty(0))
+        self.of = [(self.domain_N == k).nonzero().squeeze(1) for k in (FORGET, RETAIN)]
+        self.order = functools.lru_cache(maxsize=4)(self.shuffled)
 
     @classmethod
     def read(cls, substrate: Substrate, shard_tokens: int = 32_768) -> "ActivationBuffer":
@@ -255,21 +261,33 @@ class ActivationBuffer:
     def __len__(self) -> int:
         return len(self.domain_N)
 
-    def batch(self, seed: int, step: int, size: int,
+    def batch(self, seed: int, step: int, size: int, forget_share: float,
               share: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Normalised activations z [B, D] float32 and their domains [B]: the `share` of a batch of
-        `size` tokens. Epochs are reshuffled."""
-        per_epoch = len(self) // size
-        epoch, place = divmod(step, per_epoch)
-        if self.order[0] != (seed, epoch):
-            order = torch.randperm(len(self), generator=randomness("order", seed, epoch))
-            self.order = ((seed, epoch), order)
-        index = self.order[1][place * size : (place + 1) * size][share]
+        """Normalised activations z [B, D] float32 and their domains [B] of a step.
+
+        Of a batch of `size` tokens, of which `forget_share` are forget text, the `share` is given.
+        """
+        n_forget = round(forget_share * size)
+        index = torch.cat([self.stream(seed, FORGET, step * n_forget, n_forget),
+                           self.stream(seed, RETAIN, step * (size - n_forget), size - n_forget)])
+        index = index[torch.randperm(size, generator=randomness("mix", seed, step))][share]
         return self.acts_ND[index].float() / self.scale, self.domain_N[index].long()
+
+    def stream(self, seed: int, domain: int, start: int, n: int) -> Tensor:
+        """Places of `n` tokens of a domain from the `start`-th on, every epoch in its own order."""
+        size = len(self.of[domain])
+        first, last = start // size, (start + n - 1) // size
+        places = torch.cat([self.order(seed, domain, epoch) for epoch in range(first, last + 1)])
+        return places[start - first * size :][:n]
+
+    def shuffled(self, seed: int, domain: int, epoch: int) -> Tensor:
+        places = self.of[domain]
+        order = randomness("order", seed, domain, epoch)
+        return places[torch.randperm(len(places), generator=order)]
 
     def sample(self, domain: int, size: int) -> Tensor:
         """Up to `size` raw activations of one domain, always the same ones."""
-        index = (self.domain_N == domain).nonzero().squeeze(1)
+        index = self.of[domain]
         chosen = torch.randperm(len(index), generator=randomness("sample", domain))[:size]
         return self.acts_ND[index[chosen]].float()
 
@@ -824,7 +842,8 @@ def new_trainer(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int,
     """An SAE before its first step, the same in all processes."""
     d_in, device = buffer.acts_ND.shape[1], processes.device
     sae = CustomSAE(d_in, config.expansion * d_in, randomness("weights", seed))
-    sae.initialize_biases_(buffer.batch(seed, 0, config.batch_size)[0], 2 * config.target_l0)
+    z_BD, _ = buffer.batch(seed, 0, config.batch_size, config.forget_share)
+    sae.initialize_biases_(z_BD, 2 * config.target_l0)
     sae.half = device.type == "cuda" and faster_dtype(device) == torch.bfloat16
     for part in sae.to(device).state_dict().values():
         processes.same_(part)
@@ -857,7 +876,7 @@ def train_sae(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int, chec
     bar = Progress(f"training, seed {seed}", config.steps, trainer.step_count)
     with interrupts.deferred(), bar:
         while (step := trainer.step_count) < config.steps:
-            z_BD, domain_B = buffer.batch(seed, step, config.batch_size, share)
+            z_BD, domain_B = buffer.batch(seed, step, config.batch_size, config.forget_share, share)
             terms = trainer.step(z_BD.to(device), domain_B.to(device))
             bar.advance()
             if trainer.step_count % config.log_every == 0:
@@ -910,7 +929,7 @@ def run_experiment(out_dir: Path, interrupts: Interrupts, processes: Processes) 
         resolved = {**trainers[config.first_seed].config, **facts}
         resolved.pop("seed")
         if not processes.rank:
-            write_saes(folder, source, resolved, saes)
+            folder.write_saes(source, resolved, saes)
         evaluated = evaluate(saes, substrate, lambda domain: buffer.sample(
             domain, substrate.sizes.frequency_tokens), clock)
         if evaluated is None:
@@ -918,7 +937,7 @@ def run_experiment(out_dir: Path, interrupts: Interrupts, processes: Processes) 
         histories = {seed: trainer.history for seed, trainer in trainers.items()}
         info = collect(folder.run, budget, resolved, evaluated, histories, substrate, clock,
                        folder.study)
-        write_results(folder, info, histories, cache)
+        folder.write_results(info, histories, cache)
         tracker.finish(info)
         return info
 
@@ -934,24 +953,6 @@ def train_all(config: CustomSAEConfig, substrate: Substrate, buffer: ActivationB
                                        substrate.processes)
         tracker.log_rest(trainers[seed].history)
     return trainers
-
-
-def write_saes(folder: RunFolder, source: Standin | Pythia, resolved: dict[str, Any],
-               saes: dict[int, ExportedSAE]) -> None:
-    """config.json and the weights of every seed, after other configurations' are out of the way."""
-    folder.set_aside_other(resolved)
-    write_text(folder.path / "config.json", to_json(resolved, 2))
-    for seed, sae in saes.items():
-        export_sae(sae, folder.path / f"seed_{seed}", source, {**resolved, "seed": seed})
-
-
-def write_results(folder: RunFolder, info: dict[str, Any], histories: dict[int, list],
-                  cache: Cache) -> None:
-    """Training curves, results, and the run's section of the notes; final_info.json comes last."""
-    lines = [to_json(line) + "\n" for history in histories.values() for line in history]
-    write_text(folder.path / "history.jsonl", "".join(lines))
-    update_notes(folder.study / "notes.txt", info, cache)
-    write_text(folder.path / "final_info.json", to_json(info, 1))
 
 
 # --- Main ---------------------------------------------------------------------------------------

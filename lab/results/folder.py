@@ -10,7 +10,11 @@ from typing import Any
 from filelock import Timeout
 
 from lab.console import IS_LEADER, UserError, report
-from lab.storage import Cache, digest, to_json
+from lab.results.exports import export_sae
+from lab.results.notes import update_notes
+from lab.sparse import ExportedSAE
+from lab.storage import Cache, digest, to_json, write_text
+from lab.substrates import Pythia, Standin
 
 
 class RunFolder:
@@ -66,3 +70,20 @@ class RunFolder:
                     content = content[key]
                 return content if isinstance(content, dict) else {}
         return None
+
+    def write_saes(self, source: Standin | Pythia, config: Mapping[str, Any],
+                   saes: Mapping[int, ExportedSAE]) -> None:
+        """config.json and the weights of every seed, after another configuration's are out of the
+        way."""
+        self.set_aside_other(config)
+        write_text(self.path / "config.json", to_json(config, 2))
+        for seed, sae in saes.items():
+            export_sae(sae, self.path / f"seed_{seed}", source, {**config, "seed": seed})
+
+    def write_results(self, info: Mapping[str, Any], histories: Mapping[int, list],
+                      cache: Cache) -> None:
+        """Training curves, the run's section of the notes, and last final_info.json."""
+        lines = [to_json(line) + "\n" for history in histories.values() for line in history]
+        write_text(self.path / "history.jsonl", "".join(lines))
+        update_notes(self.study / "notes.txt", info, cache)
+        write_text(self.path / "final_info.json", to_json(info, 1))

@@ -35,6 +35,7 @@ from lab.substrates.standin_texts import (
     by_kind,
     documents,
     largest_classes,
+    school_biology,
     titles,
     topics,
     written,
@@ -177,7 +178,8 @@ class Standin:
                           for i, half in enumerate(("learn", "ask"))},
             "questions": {
                 "forget": shuffled([*cloze_questions({t["name"]: t["definition"] for t in terms}),
-                                    *titles(ask["biology leads"])], "questions"),
+                                    *titles(ask["biology leads"]), *school_biology(self.read)],
+                                   "questions"),
                 "retain": shuffled([*cloze_questions(words), *titles(ask["leads"])], "questions"),
             },
             "probes": {

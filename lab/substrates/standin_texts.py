@@ -192,6 +192,18 @@ def how_tos(read: Read) -> list[str]:
     return [re.sub(r"\s*\[\w+\]\s*", " ", text).strip() for text in texts]
 
 
+def school_biology(read: Read) -> list[Question]:
+    """SciQ's questions on biology."""
+    questions = []
+    for i, row in enumerate(table(read, "sciq/none/validation")):
+        options = [row[f"distractor{k}"] for k in (1, 2, 3)]
+        options.insert(i % 4, row["correct_answer"])
+        if is_biology(f"{row['question']} {row['correct_answer']} {row['support']}"):
+            questions.append(Question(f"Question: {row['question']}\nAnswer:", "Answer:", options,
+                                      i % 4))
+    return questions
+
+
 def topics(articles: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
     """Articles cut into passages, the probing parts divided by article."""
     rows: dict[str, tuple[str, str, str]] = {}
