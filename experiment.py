@@ -26,17 +26,13 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends it, without a trace
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 try:
-    import torch
-    from safetensors import SafetensorError
-    from torch import Tensor, nn
-
     from lab.console import (Clock, Parser, Progress, UserError, progress, report, report_error,
-                             show)
+                             show)  # lab first: it keeps the text of what is loaded
     from lab.distributed import Interrupts, Processes, keep_freed_memory
     from lab.evaluations import evaluate
     from lab.grouping import (CoactivationSketch, GroupStatistics, group_features,
                               group_statistics, random_condition_number)
-    from lab.language_model import LanguageModel, faster_dtype
+    from lab.language_model import faster_dtype
     from lab.results.exports import export_sae, hook_name
     from lab.results.final_info import best_run, collect
     from lab.results.folder import RunFolder
@@ -47,6 +43,10 @@ try:
                              to_json, write_tensors, write_text)
     from lab.substrates import Pythia, Standin, Substrate, choose_source, quiet_libraries
     from lab.substrates.texts import SIZES
+
+    import torch
+    from safetensors import SafetensorError
+    from torch import Tensor, nn
 except ModuleNotFoundError as missing:
     sys.exit(f"error: package {missing.name} is missing; pip install -r requirements.txt gives it")
 except Exception as broken:
@@ -189,8 +189,8 @@ def resolve_config(run: str, budget: str, study: Path) -> CustomSAEConfig:
     """The row named `run` at `budget`; run_10 reads its α and interval from the runs in `study`."""
     if run not in RUNS:
         raise UserError(f"--out_dir ends in {run!r}, which is no row of the table; it has\n{ROWS}")
-    if budget not in BUDGETS.keys() & SIZES.keys():
-        raise UserError(f"SAE_BUDGET={budget!r} is unknown; use one of {', '.join(BUDGETS)}")
+    if budget not in (known := [name for name in BUDGETS if name in SIZES]):
+        raise UserError(f"SAE_BUDGET={budget!r} is unknown; use one of {', '.join(known)}")
     row = {**RUNS[run], **BUDGETS[budget]}
     if run == "run_10":
         row |= best_run(study, CANDIDATES, budget, ("alpha", "regroup_every"))
@@ -235,7 +235,8 @@ class ActivationBuffer:
         """
         tokens_NT, domain_N = substrate.learn
         per_shard = max(1, shard_tokens // tokens_NT.shape[1])
-        causes = substrate.learn.checksum(), substrate.sink_norm, code_digest(residual_shard)
+        causes = (substrate.learn.checksum(), substrate.sink_norm, per_shard,
+                  code_digest(residual_shard, Substrate))
 
         def shard(start: int) -> dict[str, Tensor]:
             part = slice(start, start + per_shard)
@@ -838,8 +839,7 @@ def training_key(config: CustomSAEConfig, substrate: Substrate, buffer: Activati
     """What a trained SAE depends on beside its seed: settings, activations, code."""
     settings = {name: value for name, value in dataclasses.asdict(config).items()
                 if name not in ("purpose", "first_seed", "n_seeds", "checkpoint_every")}
-    code = code_digest(train_sae, ActivationBuffer, residual_shard, LanguageModel, Substrate,
-                       values=(CustomSAEConfig,))
+    code = code_digest(train_sae, ActivationBuffer, Substrate, values=(CustomSAEConfig,))
     return digest(settings, substrate.causes, substrate.learn.checksum(), buffer.scale, code)
 
 
