@@ -38,7 +38,8 @@ try:
     from lab.results.folder import RunFolder
     from lab.results.notes import summary, update_notes
     from lab.results.tracking import Tracker
-    from lab.sparse import Code, ExportedSAE, SparseAutoencode, faster_screen
+    from lab.sparse import (Code, ExportedSAE, HeldGradient, SparseAutoencode,
+                            faster_screen)
     from lab.storage import (Cache, code_digest, digest, non_finite, randomness, read_tensors,
                              to_json, write_tensors, write_text)
     from lab.substrates import Pythia, Standin, Substrate, choose_source, quiet_libraries
@@ -608,9 +609,8 @@ class CustomTrainer:
         """L_dir with a gradient that turns the features that fired, and only these.
 
         Value and gradient are computed every `direction_every` steps and held in between, as
-        directions turn little in a few steps: the term is the held value, plus the linear function
-        of W that has the held gradient, minus its present value. Without the mask Adam turns a
-        rare feature at full speed between its firings; it leaves its encoder behind and dies.
+        directions turn little in a few steps. Without the mask Adam turns a rare feature at full
+        speed between its firings; it leaves its encoder behind and dies.
         """
         if self.row.orthogonality == "off":
             return self.state["l_dir"]
@@ -619,8 +619,7 @@ class CustomTrainer:
             now = self.direction_now(W_FD)
             self.state["l_dir"], self.state["pull_FD"] = now.detach(), torch.autograd.grad(
                 now, W_FD)[0]
-        linear = (fired_F * torch.linalg.vecdot(self.state["pull_FD"], W_FD)).sum()
-        return self.state["l_dir"] + linear - linear.detach()
+        return HeldGradient.apply(W_FD, self.state["l_dir"], self.state["pull_FD"], fired_F)
 
     def direction_now(self, W_FD: Tensor) -> Tensor:
         if self.row.orthogonality == "gram_encoder":
