@@ -1,4 +1,4 @@
-"""The language model around its hook, for both architectures: against its own plain forward pass."""
+"""The language model around its hook, in both architectures, against its plain forward pass."""
 
 import shutil
 import subprocess
