@@ -27,27 +27,28 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends it, without a trace
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 try:
-    import torch
-    from safetensors import SafetensorError
-    from torch import Tensor, nn
-
     from lab.console import (Clock, Parser, Progress, UserError, progress, report, report_error,
-                             show)
+                             show)  # lab first: it keeps the text of what is loaded
     from lab.distributed import Interrupts, Processes, keep_freed_memory
     from lab.evaluations import evaluate
     from lab.grouping import (CoactivationSketch, GroupStatistics, group_features,
                               group_statistics, random_condition_number)
-    from lab.language_model import LanguageModel, faster_dtype
+    from lab.language_model import faster_dtype
     from lab.results.exports import hook_name
     from lab.results.final_info import best_run, collect
     from lab.results.folder import RunFolder
     from lab.results.notes import summary
     from lab.results.tracking import Tracker
-    from lab.sparse import Code, ExportedSAE, SparseAutoencode, faster_screen
+    from lab.sparse import (Code, ExportedSAE, HeldGradient, SparseAutoencode,
+                            faster_screen)
     from lab.storage import (Cache, code_digest, digest, non_finite, randomness, read_tensors,
                              write_tensors)
     from lab.substrates import Substrate, choose_source, quiet_libraries
     from lab.substrates.texts import FORGET, RETAIN, SIZES
+
+    import torch
+    from safetensors import SafetensorError
+    from torch import Tensor, nn
 except ModuleNotFoundError as missing:
     sys.exit(f"error: package {missing.name} is missing; pip install -r requirements.txt gives it")
 except Exception as broken:
@@ -194,8 +195,8 @@ def resolve_config(run: str, budget: str, study: Path) -> CustomSAEConfig:
     """The row named `run` at `budget`; run_10 reads its α and interval from the runs in `study`."""
     if run not in RUNS:
         raise UserError(f"--out_dir ends in {run!r}, which is no row of the table; it has\n{ROWS}")
-    if budget not in BUDGETS.keys() & SIZES.keys():
-        raise UserError(f"SAE_BUDGET={budget!r} is unknown; use one of {', '.join(BUDGETS)}")
+    if budget not in (known := [name for name in BUDGETS if name in SIZES]):
+        raise UserError(f"SAE_BUDGET={budget!r} is unknown; use one of {', '.join(known)}")
     row = {**RUNS[run], **BUDGETS[budget]}
     if run == "run_10":
         row |= best_run(study, CANDIDATES, budget, ("alpha", "regroup_every"))
@@ -241,7 +242,8 @@ class ActivationBuffer:
         """
         tokens_NT, domain_N = substrate.learn
         per_shard = max(1, shard_tokens // tokens_NT.shape[1])
-        causes = substrate.learn.checksum(), substrate.sink_norm, code_digest(residual_shard)
+        causes = (substrate.learn.checksum(), substrate.sink_norm, per_shard,
+                  code_digest(residual_shard, Substrate))
 
         def shard(start: int) -> dict[str, Tensor]:
             part = slice(start, start + per_shard)
@@ -625,9 +627,8 @@ class CustomTrainer:
         """L_dir with a gradient that turns the features that fired, and only these.
 
         Value and gradient are computed every `direction_every` steps and held in between, as
-        directions turn little in a few steps: the term is the held value, plus the linear function
-        of W that has the held gradient, minus its present value. Without the mask Adam turns a
-        rare feature at full speed between its firings; it leaves its encoder behind and dies.
+        directions turn little in a few steps. Without the mask Adam turns a rare feature at full
+        speed between its firings; it leaves its encoder behind and dies.
         """
         if self.row.orthogonality == "off":
             return self.state["l_dir"]
@@ -636,8 +637,7 @@ class CustomTrainer:
             now = self.direction_now(W_FD)
             self.state["l_dir"], self.state["pull_FD"] = now.detach(), torch.autograd.grad(
                 now, W_FD)[0]
-        linear = (fired_F * torch.linalg.vecdot(self.state["pull_FD"], W_FD)).sum()
-        return self.state["l_dir"] + linear - linear.detach()
+        return HeldGradient.apply(W_FD, self.state["l_dir"], self.state["pull_FD"], fired_F)
 
     def direction_now(self, W_FD: Tensor) -> Tensor:
         if self.row.orthogonality == "gram_encoder":
@@ -857,8 +857,7 @@ def training_key(config: CustomSAEConfig, substrate: Substrate, buffer: Activati
     """What a trained SAE depends on beside its seed: settings, activations, code."""
     settings = {name: value for name, value in dataclasses.asdict(config).items()
                 if name not in ("purpose", "first_seed", "n_seeds", "checkpoint_every")}
-    code = code_digest(train_sae, ActivationBuffer, residual_shard, LanguageModel, Substrate,
-                       values=(CustomSAEConfig,))
+    code = code_digest(train_sae, ActivationBuffer, Substrate, values=(CustomSAEConfig,))
     return digest(settings, substrate.causes, substrate.learn.checksum(), buffer.scale, code)
 
 

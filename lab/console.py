@@ -29,7 +29,8 @@ def report(text: str) -> None:
 def report_error(text: str) -> None:
     """The one line on stderr with which a run ends; every process says its own."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"error: {text}\n")
+        sys.stderr.flush()
 
 
 def show(lines: list[str]) -> None:

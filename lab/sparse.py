@@ -102,6 +102,25 @@ class SparseAutoencode(torch.autograd.Function):
         return None, grad_W_enc_FD, grad_b_enc_F, grad_W_dec_FD, grad_b_dec_D, None
 
 
+class HeldGradient(torch.autograd.Function):
+    """A value of W that was computed earlier, with the gradient that it had then. Rows of W that
+    are not in `rows_F` get none.
+
+    The same as value + (rows · (⟨gradient, W⟩ − stop-gradient of it)).sum(), without the product,
+    whose value is zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, W_FD: Tensor, value: Tensor, grad_FD: Tensor, rows_F: Tensor) -> Tensor:
+        ctx.save_for_backward(grad_FD, rows_F)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_FD, rows_F = ctx.saved_tensors
+        return grad_FD * (grad * rows_F)[:, None], None, None, None
+
+
 def candidates(x_BD: Tensor, W_FD: Tensor, b_F: Tensor, screen: str,
                rows: int = 512) -> tuple[Tensor, Tensor]:
     """Rows and columns where x·w + b may be above zero: all those places, and a few more.

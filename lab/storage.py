@@ -1,6 +1,5 @@
 """Whole-or-nothing files, checked tensors, the cache, digests, seeded randomness."""
 
-import ast
 import contextlib
 import errno
 import glob
@@ -15,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -24,37 +23,47 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lab.code import CODE, code_behind
 from lab.console import UserError, report
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Fill a temporary file, make it durable, then give it its name.
 
-    A file that is there keeps its mode, a link its target; a new file gets the mode that the
-    umask gives. Raises PermissionError where a person made the file read-only. Takes bytes, since
-    libraries that write files themselves report a full disk each in its own way.
+    A file that is there keeps its mode, owner and group, a link its target; a new file gets the
+    mode that the umask gives. Raises PermissionError where a person made the file read-only. Takes
+    bytes, since libraries that write files themselves report a full disk each in its own way.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_parts(path)
-    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
-    if mode is not None and not mode & stat.S_IWUSR:
+    before = path.stat() if path.exists() else None
+    if before and not (before.st_mode & stat.S_IWUSR and os.access(path, os.W_OK)):
         raise PermissionError(errno.EACCES, "is read-only", str(path))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        mode = 0o600 if before else 0o666  # nobody may look in while it is written
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with open(handle, "wb") as file:
             file.write(data)
             file.flush()
+            if before:
+                take_over(handle, before)
             os.fsync(handle)
-        if mode is not None:
-            temporary.chmod(mode)
         os.replace(temporary, path)
     except OSError as error:
         error.filename = path  # of a full disk the system names none
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def take_over(handle: int, before: os.stat_result) -> None:
+    """Owner and group, as far as this user may give them away, then the mode."""
+    for owner, group in ((-1, before.st_gid), (before.st_uid, -1)):
+        with contextlib.suppress(OSError):
+            os.fchown(handle, owner, group)
+    os.fchmod(handle, stat.S_IMODE(before.st_mode))
 
 
 def remove_stale_parts(path: Path) -> None:
@@ -118,14 +127,17 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], note: Any = None) -> N
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any] | None:
     """What `write_tensors` wrote; None, after one line that says so, if it is damaged."""
-    if not path.exists():
-        return None
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if checksum(tensors, path.name) == metadata["sha256"]:
             return tensors, json.loads(bytes(tensors.pop("note").numpy()))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        error.filename = path  # the library names none
+        raise
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         report(f"{path} is damaged ({type(error).__name__}); it is made anew")
         return None
@@ -142,21 +154,21 @@ class Cache:
     """
 
     def __init__(self, root: Path):
-        self.root = root.expanduser()
+        cure = "set SAE_CACHE_DIR to a folder that can"
         try:
+            self.root = root.expanduser()
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root):
                 pass
-        except OSError as error:
-            raise UserError(f"the cache {root} cannot be written ({error.strerror}); set "
-                            "SAE_CACHE_DIR to a folder that can") from error
+        except (OSError, RuntimeError) as error:  # RuntimeError: ~ of a user who is not there
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"the cache {root} cannot be written ({reason}); {cure}") from error
         try:
-            with self.lock(f"trial-{os.getpid()}", timeout=10) as trial:
+            with self.lock(f"trial-{uuid.uuid4().hex}", timeout=10) as trial:
                 Path(trial.lock_file).unlink(missing_ok=True)
         except OSError as error:
-            raise UserError(f"the file system of the cache {root} has no file locks "
-                            f"({type(error).__name__}); set SAE_CACHE_DIR to a local folder"
-                            ) from error
+            raise UserError(f"the cache {root} cannot be locked ({error.strerror or error}): its "
+                            f"file system may have no file locks; {cure}") from error
 
     def lock(self, name: str, timeout: float = -1) -> FileLock:
         path = self.root / "locks" / f"{name}.lock"
@@ -176,7 +188,7 @@ class Cache:
         path = self.path(name, *causes)
         if (kept := read_tensors(path)) is not None:
             return kept
-        with self.lock(path.stem.replace("/", "_")):
+        with self.lock(path.stem):
             if (kept := read_tensors(path)) is not None:
                 return kept
             tensors, note = build()
@@ -191,101 +203,16 @@ def randomness(*causes: Any) -> torch.Generator:
     return torch.Generator().manual_seed(int(digest(*causes), 16) % 2**63)
 
 
-# Code as a cause of what it computes
-
-
-class Definition(NamedTuple):
-    """A top-level definition: its syntax tree as text, and the names that its code uses."""
-
-    tree: str
-    names: frozenset[str]
-
-
-class Module(NamedTuple):
-    """The definitions of a source file, and where the names that it imports are defined."""
-
-    definitions: dict[str, Definition]
-    imports: dict[str, tuple[str, str]]
-
-
-def is_text(node: ast.AST) -> bool:
-    return (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            and isinstance(node.value.value, str))
-
-
-def without_prose(tree: ast.AST) -> ast.AST:
-    """The tree without docstrings and annotations: what is left is what runs."""
-    for node in ast.walk(tree):
-        if isinstance(body := getattr(node, "body", None), list):
-            node.body = [part for part in body if not is_text(part)] or [ast.Pass()]
-        if isinstance(node, ast.FunctionDef):
-            node.returns = None
-        if isinstance(node, ast.arg):
-            node.annotation = None
-    return tree
-
-
-def read_module(path: Path) -> Module:
-    module = Module({}, {})
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lab"):
-            for alias in node.names:
-                module.imports[alias.asname or alias.name] = (node.module, alias.name)
-        targets = getattr(node, "targets", None) or [getattr(node, "target", node)]
-        names = [name.id for target in targets for name in ast.walk(target)
-                 if isinstance(name, ast.Name)] if not hasattr(node, "name") else [node.name]
-        if names and not isinstance(node, ast.Expr | ast.If | ast.Try):
-            code = without_prose(node)
-            used = frozenset(part.id for part in ast.walk(code) if isinstance(part, ast.Name))
-            for name in names:
-                module.definitions[name] = Definition(ast.dump(code), used)
-    return module
-
-
-def read_code(root: Path) -> dict[str, Module]:
-    """experiment.py and lab/ by module name."""
-    paths = [root / "experiment.py", *sorted((root / "lab").rglob("*.py"))]
-    names = [".".join(path.relative_to(root).with_suffix("").parts) for path in paths]
-    return {name.removesuffix(".__init__"): read_module(path) for name, path in zip(names, paths)}
-
-
-CODE = read_code(Path(__file__).resolve().parents[1])  # as it is loaded, whatever is edited later
-PLUMBING = ("lab.console", "lab.distributed", "lab.storage")  # carries numbers, makes none
-
-
-def code_behind(*roots: Any, values: tuple[Any, ...] = ()) -> dict[str, str]:
-    """Syntax trees of `roots` (functions, classes) and of all in this project that they name.
-
-    Docstrings, comments and annotations are left out, and with them what is only named there: an
-    object that a function is given is a root of its own. So are subclasses' bases. Left out too is
-    PLUMBING, but for its `randomness`, and `values`, whose values are causes of their own.
-    """
-    skipped = {item.__qualname__ for item in values}
-    waiting = [(base.__module__, base.__qualname__.split(".")[0]) for root in roots
-               for base in getattr(root, "__mro__", (root,))]
-    trees: dict[str, str] = {}
-    while waiting:
-        where, name = waiting.pop()
-        where = "experiment" if where == "__main__" else where
-        module = CODE.get(where)
-        where, name = module.imports.get(name, (where, name)) if module else (where, name)
-        kept = where not in PLUMBING or name == "randomness"
-        if not kept or name in skipped or f"{where}.{name}" in trees or where not in CODE:
-            continue
-        if (definition := CODE[where].definitions.get(name)) is not None:
-            trees[f"{where}.{name}"] = definition.tree
-            waiting += [(where, other) for other in definition.names]
-    return trees
-
-
 def code_digest(*roots: Any, values: tuple[Any, ...] = ()) -> str:
+    """Of the code of `roots` and all that lies behind it, see `code_behind`."""
     return digest(sorted(code_behind(*roots, values=values).items()))
 
 
 def laboratory_digest() -> str:
     """Of all code in lab/: two results that differ in it were not measured alike."""
-    return digest([(where, name, definition.tree) for where, module in CODE.items()
-                   if where.startswith("lab") for name, definition in module.definitions.items()])
+    return digest([(where, name, definition.code) for where, module in sorted(CODE.items())
+                   if where.startswith("lab") for name, definition in module.definitions.items()
+                   if "." not in name])
 
 
 # Files and folders that libraries write

@@ -131,24 +131,19 @@ def inherited():
     return {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
 
 
-def child(hub, folder, event="x", call=0, of="never", **environment):
-    """The job in a process of its own, with `folder` as the working directory."""
-    environment = {
-        "SAE_SUBSTRATE": "pythia",
-        "SAE_BUDGET": "smoke",
-        "SAE_CACHE_DIR": str(folder / "cache"),
-        "WANDB_MODE": "disabled",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        **environment,
-    }
+def child(hub, folder, event="x", call=0, of="never", launcher=(), streams=None, **environment):
+    """The job in a process of its own, with `folder` as the working directory.
+
+    `launcher` comes before the script's name, after Python's; `streams` are options of
+    subprocess.run in place of `capture_output`.
+    """
+    environment = {"SAE_SUBSTRATE": "pythia", "SAE_BUDGET": "smoke",
+                   "SAE_CACHE_DIR": str(folder / "cache"), "WANDB_MODE": "disabled",
+                   "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
     return subprocess.run(
-        [sys.executable, __file__, str(hub), event, str(call), of, "--out_dir=run_1"],
-        cwd=folder,
-        env={**inherited(), **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+        [sys.executable, *launcher, __file__, str(hub), event, str(call), of, "--out_dir=run_1"],
+        cwd=folder, env={**inherited(), **environment}, text=True, timeout=600,
+        **(streams or dict(capture_output=True)))
 
 
 def contents(folder):

@@ -168,6 +168,8 @@ def test_every_evaluations_numbers_have_a_name_of_their_own():
             for k, name in enumerate(("forget", "retain", "other"))}},
         "conditioning": {"kappa_median": 2.0, "kappa": [1.0, 2.0], "by_coactivation": []},
         "sparse_probing": {"sae_test_accuracy": 0.9, "details": [], "skipped": {}},
+        "separation": {"tpp_threshold_2_total_metric": 0.2, "details": [], "skipped": {"ratings":
+                       "2 classes"}},
         "unlearning": {"area": 1.0, "area_labelled": 2.0, "score": None, "accuracy_area": 0.1,
                        **{f"forget_rise_at_{cost}": cost for cost in COSTS}, "settings": []}}
     assert flat_metrics(parts) == {
@@ -175,6 +177,7 @@ def test_every_evaluations_numbers_have_a_name_of_their_own():
         "explained_variance_forget": 0.0, "explained_variance_retain": 0.1,
         "explained_variance_other": 0.2, "frac_alive_forget": 1.0, "frac_alive_retain": 1.0,
         "frac_alive_other": 1.0, "kappa_median": 2.0, "sae_test_accuracy": 0.9,
+        "tpp_threshold_2_total_metric": 0.2,
         "unlearning_area": 1.0, "unlearning_area_labelled": 2.0, "unlearning_score": None,
         "accuracy_area": 0.1, "forget_rise_at_0.01": 0.01, "forget_rise_at_0.05": 0.05,
         "forget_rise_at_0.1": 0.1}

@@ -4,10 +4,18 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-import experiment as ex
+from experiment import (
+    direction_loss,
+    domain_means,
+    gram_encoder_loss,
+    max_cosine_loss,
+    use_loss,
+)
+from lab.sparse import Code
+from lab.storage import randomness
 
 
-def naive_direction(W, groups=None, share=None):
+def plain_direction_loss(W, groups=None, share=None):
     F, D = W.shape
     weight = torch.ones(F, F, dtype=W.dtype)
     if groups is not None:
@@ -19,7 +27,7 @@ def naive_direction(W, groups=None, share=None):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("unit", [True, False])
-def test_direction_loss_equals_gram_and_its_gradient(seed, unit):
+def test_direction_loss_and_gradient_are_those_of_the_whole_gram_matrix(seed, unit):
     g = torch.Generator().manual_seed(seed)
     W = torch.randn(24, 7, dtype=torch.float64, generator=g)
     W = torch.nn.functional.normalize(W, dim=1) if unit else W
@@ -28,12 +36,12 @@ def test_direction_loss_equals_gram_and_its_gradient(seed, unit):
     share[0] = 0.0  # a group that shares nothing must not divide by its share
     for args in ((), (groups, share)):
         ours, plain = W.clone().requires_grad_(), W.clone().requires_grad_()
-        a, b = ex.direction_loss(ours, *args), naive_direction(plain, *args)
+        a, b = direction_loss(ours, *args), plain_direction_loss(plain, *args)
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
         (3 * a).backward()
         (3 * b).backward()
         torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-10, atol=1e-12)
-    assert gradcheck(lambda w: ex.direction_loss(w, groups, share), W.clone().requires_grad_())
+    assert gradcheck(lambda w: direction_loss(w, groups, share), W.clone().requires_grad_())
 
 
 @pytest.mark.parametrize(("spread", "tolerance"), [(1.0, 0.02), (0.1, 0.08)])
@@ -46,8 +54,8 @@ def test_direction_loss_from_bfloat16_factors_turns_rows_the_same_way(generator,
     groups = torch.randperm(512, generator=generator).view(16, 32)
     share = torch.linspace(-8, 1, 16)
     exact, rounded = W.double().requires_grad_(), W.clone().requires_grad_()
-    a = ex.direction_loss(exact, groups, share.double())
-    b = ex.direction_loss(rounded, groups, share, torch.bfloat16)
+    a = direction_loss(exact, groups, share.double())
+    b = direction_loss(rounded, groups, share, torch.bfloat16)
     assert b.dtype == torch.float32
     assert b.item() == pytest.approx(a.item(), rel=1e-3)
     a.backward()
@@ -57,15 +65,15 @@ def test_direction_loss_from_bfloat16_factors_turns_rows_the_same_way(generator,
     assert 0 < float(error.max()) < tolerance
 
 
-def test_direction_loss_floor_is_reached_by_a_tight_frame():
+def test_a_tight_frame_reaches_the_floor_of_the_direction_loss():
     W = torch.cat([torch.eye(5, dtype=torch.float64)] * 3)  # three orthonormal bases
-    assert float(ex.direction_loss(W)) == pytest.approx(1 - 5 / 15, abs=1e-12)
+    assert float(direction_loss(W)) == pytest.approx(1 - 5 / 15, abs=1e-12)
 
 
-def test_gram_identity_loss_equals_gram(generator):
+def test_gram_encoder_loss_equals_that_of_the_whole_gram_matrix(generator):
     W = torch.randn(12, 5, dtype=torch.float64, generator=generator, requires_grad=True)
     plain = W.detach().clone().requires_grad_()
-    a = ex.gram_identity_loss(W)
+    a = gram_encoder_loss(W)
     b = ((plain @ plain.T - torch.eye(12)) ** 2).sum() * 5 / 144
     torch.testing.assert_close(a, b)
     a.backward()
@@ -73,28 +81,27 @@ def test_gram_identity_loss_equals_gram(generator):
     torch.testing.assert_close(W.grad, plain.grad)
 
 
-def test_max_cosine_loss_equals_gram(generator):
+def test_max_cosine_loss_and_gradient_are_those_of_the_whole_gram_matrix(generator):
     W = torch.nn.functional.normalize(
-        torch.randn(40, 6, dtype=torch.float64, generator=generator), dim=1
-    ).requires_grad_()
+        torch.randn(40, 6, dtype=torch.float64, generator=generator), dim=1).requires_grad_()
     plain = W.detach().clone().requires_grad_()
     gram = plain @ plain.T - 3 * torch.eye(40)
     b = (gram.max(dim=1).values ** 2).mean()
-    a = ex.max_cosine_loss(W, generator)
+    a = max_cosine_loss(W, generator)
     torch.testing.assert_close(a, b)
     a.backward()
     b.backward()
     torch.testing.assert_close(W.grad, plain.grad)
 
 
-def test_max_cosine_loss_in_chunks_never_pairs_strangers(generator):
+def test_max_cosine_loss_looks_for_neighbours_within_a_chunk_only(generator):
     W = torch.nn.functional.normalize(torch.randn(40, 6, generator=generator), dim=1)
-    whole = float(ex.max_cosine_loss(W, generator))
-    parts = float(ex.max_cosine_loss(W, generator, chunk=10))
+    whole = float(max_cosine_loss(W, generator))
+    parts = float(max_cosine_loss(W, generator, chunk=10))
     assert parts < whole  # the nearest of nine is farther than the nearest of thirty-nine
 
 
-def test_use_loss_value_and_gradient(generator):
+def test_use_loss_and_gradient_are_those_of_the_plain_impurity(generator):
     """At batch = running, value and gradient are those of Σ(1 − s) u · 4 p (1 − p) by autograd,
     with u, a feature's part of all activation, held fixed."""
     running = torch.rand(2, 9, dtype=torch.float64, generator=generator)
@@ -104,7 +111,7 @@ def test_use_loss_value_and_gradient(generator):
     u = running.sum(0) / running.sum()
     expected = ((1 - share) * u * 4 * p * (1 - p)).sum()
     batch = running.clone().requires_grad_()
-    loss = ex.use_loss(batch, running, share)
+    loss = use_loss(batch, running, share)
     torch.testing.assert_close(loss, expected)
     loss.backward()
     expected.backward()
@@ -115,7 +122,7 @@ def test_use_loss_does_not_reward_shrinking_or_swelling(generator):
     """The gradient has no part along any one feature's size, whatever the feature shares."""
     running = torch.rand(3, 9, dtype=torch.float64, generator=generator)
     batch = running.clone().requires_grad_()
-    ex.use_loss(batch, running, torch.linspace(0, 1, 9, dtype=torch.float64)).backward()
+    use_loss(batch, running, torch.linspace(0, 1, 9, dtype=torch.float64)).backward()
     assert float(batch.grad.abs().max()) > 1e-3
     assert float((batch.grad * running).sum(0).abs().max()) < 1e-12
 
@@ -124,22 +131,36 @@ def test_use_loss_by_hand():
     """Apart: 0. All alike: 1, in any number of domains. One feature of two, used half as much as
     the other and by both domains alike: a third. Silent features count for nothing."""
     apart = torch.block_diag(torch.rand(1, 4), torch.rand(1, 5))
-    assert float(ex.use_loss(apart, apart)) == 0
+    assert float(use_loss(apart, apart)) == 0
     for alike in (torch.ones(2, 6), torch.ones(3, 6), torch.tensor([[1.0, 0], [1, 0]])):
-        assert float(ex.use_loss(alike, alike)) == pytest.approx(1)
+        assert float(use_loss(alike, alike)) == pytest.approx(1)
     mixed = torch.tensor([[1.0, 4, 0], [1, 0, 0]])
-    assert float(ex.use_loss(mixed, mixed)) == pytest.approx(1 / 3)
-    assert float(ex.use_loss(mixed, mixed, torch.tensor([0.5, 0, 0]))) == pytest.approx(1 / 6)
+    assert float(use_loss(mixed, mixed)) == pytest.approx(1 / 3)
+    assert float(use_loss(mixed, mixed, torch.tensor([0.5, 0, 0]))) == pytest.approx(1 / 6)
 
 
-def test_domain_means_against_dense(generator):
+def test_domain_means_are_those_of_dense_activations(generator):
     f = torch.relu(torch.randn(20, 6, generator=generator))
     row, column = f.nonzero(as_tuple=True)
     domain = torch.randint(0, 3, (20,), generator=generator)
-    means = ex.domain_means(ex.Code(f, f[row, column], row, column), domain,
-                            torch.bincount(domain, minlength=3), 6)
+    means = domain_means(Code(f, f[row, column], row, column), domain,
+                         torch.bincount(domain, minlength=3), 6)
     for k in range(3):
         torch.testing.assert_close(means[k], f[domain == k].mean(0))
+
+
+def test_domain_means_of_the_parts_of_a_batch_add_up_to_its_own(generator):
+    f = torch.relu(torch.randn(20, 6, generator=generator))
+    domain = torch.randint(0, 2, (20,), generator=generator)
+    count = torch.bincount(domain, minlength=3)  # no token of the third domain
+    parts = []
+    for share in (slice(0, 7), slice(7, 20)):
+        row, column = f[share].nonzero(as_tuple=True)
+        code = Code(f[share], f[share][row, column], row, column)
+        parts.append(domain_means(code, domain[share], count, 6))
+    for k in range(2):
+        torch.testing.assert_close(parts[0][k] + parts[1][k], f[domain == k].mean(0))
+    assert float(parts[0][2].abs().max()) == float(parts[1][2].abs().max()) == 0
 
 
 def test_max_cosine_gradient_has_the_same_bytes_however_threads_run(generator):
@@ -149,7 +170,7 @@ def test_max_cosine_gradient_has_the_same_bytes_however_threads_run(generator):
     try:
         W = torch.randn(4608, 256, generator=generator) + 3 * torch.randn(256, generator=generator)
         W.requires_grad_()
-        gradients = [torch.autograd.grad(ex.max_cosine_loss(W, ex.randomness(0)), W)[0]
+        gradients = [torch.autograd.grad(max_cosine_loss(W, randomness(0)), W)[0]
                      for _ in range(4)]
     finally:
         torch.set_num_threads(before)

@@ -1,16 +1,14 @@
-"""The SAE: the sparse path against plain autograd, unit rows, export."""
-
-import json
+"""The SAE: the sparse path against plain autograd, the screen, unit rows, the start."""
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-import experiment as ex
+from experiment import CustomSAE
+from lab.sparse import candidates, faster_screen, places
 
 
-def make(d_in=24, d_sae=96, seed=0, sparse=True):
-    sae = ex.CustomSAE(d_in, d_sae, torch.Generator().manual_seed(seed))
+def make(d_in=24, d_sae=96, seed=0):
+    sae = CustomSAE(d_in, d_sae, torch.Generator().manual_seed(seed))
     z = torch.randn(64, d_in, generator=torch.Generator().manual_seed(seed + 1)) / d_in**0.5
     sae.initialize_biases_(z, 6.0)
     return sae, z
@@ -18,9 +16,8 @@ def make(d_in=24, d_sae=96, seed=0, sparse=True):
 
 def gradients(sae, code):
     weights = torch.linspace(0.5, 1.5, len(code.value_N))
-    loss = (
-        code.z_hat_BD * torch.linspace(-1, 1, code.z_hat_BD.numel()).view_as(code.z_hat_BD)
-    ).sum()
+    slope_BD = torch.linspace(-1, 1, code.z_hat_BD.numel()).view_as(code.z_hat_BD)
+    loss = (code.z_hat_BD * slope_BD).sum()
     loss = loss + (weights * code.value_N).square().sum()
     sae.zero_grad()
     loss.backward()
@@ -29,7 +26,7 @@ def gradients(sae, code):
 
 @pytest.mark.parametrize("screen", ["float32", "int8"])
 @pytest.mark.parametrize("seed", range(3))
-def test_sparse_step_equals_dense_step(seed, screen):
+def test_the_sparse_path_has_the_dense_paths_code_and_gradients(seed, screen):
     sae, z = make(seed=seed)
     sae.screen = screen
     with torch.no_grad():
@@ -44,14 +41,13 @@ def test_sparse_step_equals_dense_step(seed, screen):
 
 
 @pytest.mark.parametrize("width", [64, 20, 7])
-def test_places_are_those_of_nonzero_in_order(width):
+def test_places_of_true_entries_are_those_of_nonzero_in_order(width):
     """Whole words of eight, and rows that end within one; crowded, empty, one at either end."""
     for share in (0.01, 0.5, 1.0, 0.0):
         hit = torch.rand(50, width) < share
-        assert torch.equal(torch.stack(ex.places(hit)).T, hit.nonzero())
+        assert torch.equal(torch.stack(places(hit)).T, hit.nonzero())
     hit[0, 0] = hit[-1, -1] = True
-    assert torch.stack(ex.places(hit)).T.tolist() == [[0, 0], [49, width - 1]]
-
+    assert torch.stack(places(hit)).T.tolist() == [[0, 0], [49, width - 1]]
 
 
 def test_the_8_bit_screen_misses_nothing_and_lets_little_through(generator):
@@ -62,15 +58,15 @@ def test_the_8_bit_screen_misses_nothing_and_lets_little_through(generator):
     W[:256] = torch.nn.functional.normalize(x[:256] * (torch.arange(96) != 7), dim=1)
     b = -(x @ W.T).quantile(0.98, dim=0)
     truth = (x @ W.T + b) > 0
-    row, column = ex.candidates(x, W, b, "int8", rows=200)
-    found = torch.zeros_like(truth)
-    found[row, column] = True
-    assert not (truth & ~found).any()
-    assert truth.sum() < found.sum() < 2.5 * truth.sum()
+    row, column = candidates(x, W, b, "int8", rows=200)
+    screened = torch.zeros_like(truth)
+    screened[row, column] = True
+    assert not (truth & ~screened).any()
+    assert truth.sum() < screened.sum() < 2.5 * truth.sum()
     assert torch.equal(row, row.sort().values)
 
 
-def test_bfloat16_products_keep_float32_weights_and_sums():
+def test_products_in_bfloat16_keep_float32_weights_and_sums():
     """As on a GPU; tokens that are on for one precision alone have activations near zero."""
     sae, z = make()
     exact, sae.half = sae.dense_code(z), True
@@ -97,14 +93,14 @@ def test_a_batch_on_which_nothing_fires_gives_defined_gradients():
     assert float(grads["W_enc_FD"].abs().max()) == 0
 
 
-def test_initial_biases_set_the_rate_of_every_feature():
+def test_training_starts_with_every_feature_firing_at_the_wanted_rate():
     sae, z = make()
     rate = (sae.encode(z) > 0).float().mean(0)
     assert float(rate.max()) <= 6 / 96 + 1 / 64
     assert float(rate.sum()) == pytest.approx(6, rel=0.35)
 
 
-def test_decoder_rows_and_gradient():
+def test_decoder_rows_keep_unit_norm_and_are_only_turned():
     sae, z = make()
     gradients(sae, sae.sparse_code(z))
     sae.remove_parallel_gradient_()
@@ -116,27 +112,30 @@ def test_decoder_rows_and_gradient():
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(96))
 
 
-def test_export_takes_raw_activations(tmp_path):
-    """The exported files on x equal the trained SAE on x / scale, in both layouts."""
+@torch.no_grad()
+def test_features_and_reconstruction_follow_their_equations(generator):
+    """f = ReLU((z − b_dec) W_enc + b_enc), ẑ = f W_dec + b_dec, one product at a time."""
     sae, z = make()
-    scale = 7.3
-    with torch.no_grad():
-        sae.b_dec.add_(0.1)
-    trainer = {**ex.dataclasses.asdict(ex.CustomSAEConfig()), "seed": 0}
-    ex.export_sae(ex.TrainedSAE(sae, scale), tmp_path, ex.Pythia, trainer)
-    x = z * scale
-    lens = load_file(tmp_path / "sae_lens" / "sae_weights.safetensors")
-    f = torch.relu((x - lens["b_dec"]) @ lens["W_enc"] + lens["b_enc"])
-    torch.testing.assert_close(
-        f @ lens["W_dec"] + lens["b_dec"], sae(z) * scale, atol=1e-5, rtol=1e-5
-    )
-    torch.testing.assert_close(f, sae.encode(z) * scale, atol=1e-5, rtol=1e-5)
-    path = tmp_path / "dictionary_learning" / "trainer_0"
-    weights = torch.load(path / "ae.pt", weights_only=True)
-    g = torch.relu((x - weights["bias"]) @ weights["encoder.weight"].T + weights["encoder.bias"])
-    x_hat = g @ weights["decoder.weight"].T + weights["bias"]
-    torch.testing.assert_close(x_hat, sae(z) * scale, atol=1e-5, rtol=1e-5)
-    assert json.loads((path / "config.json").read_text())["trainer"]["dict_class"] == "AutoEncoder"
-    cfg = json.loads((tmp_path / "sae_lens" / "cfg.json").read_text())
-    assert cfg["architecture"] == "standard"
-    assert cfg["normalize_activations"] == "none"
+    sae.b_dec.add_(torch.randn(24, generator=generator))
+    f, z_hat = sae.encode(z), sae(z)
+    for b, i in ((0, 0), (17, 95), (63, 40)):
+        product = sum((z[b, d] - sae.b_dec[d]) * sae.W_enc[d, i] for d in range(24))
+        assert float(f[b, i]) == pytest.approx(max(0.0, float(product + sae.b_enc[i])), abs=1e-5)
+    for b, d in ((0, 0), (17, 23)):
+        total = sum(f[b, i] * sae.W_dec[i, d] for i in range(96)) + sae.b_dec[d]
+        assert float(z_hat[b, d]) == pytest.approx(float(total), abs=1e-5)
+
+
+def test_training_starts_at_the_mean_of_the_data_with_encoder_and_decoder_alike():
+    sae, z = make()
+    torch.testing.assert_close(sae.b_dec.detach(), z.mean(0))
+    assert torch.equal(sae.W_enc_FD, sae.W_dec)
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(96))
+
+
+@pytest.mark.parametrize(("has", "screen"), [
+    ({}, "float32"), ({"avx512_vnni": True}, "int8"), ({"amx_int8": True}, "int8")])
+def test_the_screen_is_in_8_bits_only_where_the_processor_has_such_products(monkeypatch, has,
+                                                                            screen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert faster_screen() == CustomSAE(4, 8, torch.Generator()).screen == screen

@@ -1,104 +1,251 @@
-"""The trainer: modes, α, the sparsity controller, unit rows, checkpoints, non-finite numbers."""
+"""The trainer: what is differentiated, α's one way, sparsity, grouping, new lives, checkpoints."""
 
+import concurrent.futures
 import dataclasses
 import math
+import threading
 
 import pytest
 import torch
 from conftest import planted_activations
 
-import experiment as ex
+from experiment import (
+    MODES,
+    CustomSAE,
+    CustomSAEConfig,
+    CustomTrainer,
+    checkpoint_due,
+    direction_loss,
+    sharing,
+    use_loss,
+)
+from lab.console import UserError
+from lab.grouping import GroupStatistics, group_statistics
+from lab.storage import randomness, read_tensors, write_tensors
+
+TERMS = ("fit", "l1", "l_dir", "l_use")
 
 
-def run(config, seed=0, steps=None, alpha=None, z=None, domain=None):
-    if z is None:
-        z, domain = planted_activations(8192)
-    sae = ex.CustomSAE(32, config.expansion * 32, ex.randomness("weights", seed))
+def new_trainer(config, z, seed=0, kind=CustomTrainer, screen=None, **options):
+    sae = CustomSAE(32, config.expansion * 32, randomness("weights", seed), screen)
     sae.initialize_biases_(z[: config.batch_size], 2 * config.target_l0)
-    trainer = ex.CustomTrainer(config, sae, seed)
+    return kind(config, sae, seed, **options)
+
+
+def run(config, seed=0, steps=None, alpha=None):
+    z, domain = planted_activations(8192)
+    trainer = new_trainer(config, z, seed)
     if alpha is not None:
         trainer.alpha = alpha
     for t in range(steps or config.steps):
-        part = torch.arange(t * config.batch_size, (t + 1) * config.batch_size) % len(z)
-        terms = trainer.step(z[part], domain[part])
+        terms = trainer.step(*batch(z, domain, t, config.batch_size))
     return trainer, terms
 
 
-@pytest.mark.parametrize("mode", ["off", "fixed", "adaptive", "max_cosine"])
-@pytest.mark.parametrize("matrix", ["decoder", "encoder"])
-def test_every_mode_trains_on_either_matrix(small_config, mode, matrix):
-    config = dataclasses.replace(small_config, orthogonality=mode, ortho_matrix=matrix)
+def batch(z, domain, t, size=256):
+    part = torch.arange(t * size, (t + 1) * size) % len(z)
+    return z[part], domain[part]
+
+
+# -- What is differentiated ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_learns_and_keeps_unit_rows(small_config, mode):
+    config = dataclasses.replace(small_config, orthogonality=mode)
     trainer, terms = run(config)
-    assert terms["fit"] < 0.9 * trainer.history[0].get("fit", 1.0) or terms["fit"] < 0.6
-    assert terms["loss"] == pytest.approx(
-        terms["fit"]
-        + terms["lambda"] * terms["l1"]
-        + terms["alpha"] * terms["ramp"] * terms["l_orth"],
-        rel=1e-5,
-    )
+    _, first = run(config, steps=1)
+    assert terms["fit"] < 0.9 * first["fit"]
     torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(128), atol=1e-5, rtol=0)
-    if mode == "off":
-        assert terms["l_orth"] == 0
+    assert (terms["l_dir"] > 0) == (mode != "off")
+    assert (terms["l_use"] > 0) == (mode == "adaptive")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_logged_loss_is_the_sum_of_its_logged_terms(small_config, mode):
+    trainer, terms = run(dataclasses.replace(small_config, orthogonality=mode, eta=3.0))
+    assert terms["loss"] == pytest.approx(
+        terms["fit"] + terms["lambda"] * terms["l1"]
+        + terms["alpha"] * terms["ramp"] * (terms["l_dir"] + 3.0 * terms["l_use"]), rel=1e-5)
+
+
+class Watched(CustomTrainer):
+    """Keeps the loss that is differentiated, and counts how often α is read."""
+
+    differentiated = None
+    alpha_reads = 0
+
+    @property
+    def alpha(self):
+        self.alpha_reads += 1
+        return self.__dict__["alpha"]
+
+    @alpha.setter
+    def alpha(self, value):
+        self.__dict__["alpha"] = value
+
+    def backward_(self, loss):
+        self.differentiated = float(loss.detach())
+        super().backward_(loss)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_differentiated_loss_is_the_logged_loss(small_config, mode):
+    """At steps at which L_dir is computed and at those at which its gradient is held."""
+    z, domain = planted_activations(8192)
+    trainer = new_trainer(dataclasses.replace(small_config, orthogonality=mode), z, kind=Watched)
+    for t in range(20):
+        terms = trainer.step(*batch(z, domain, t))
+        assert trainer.differentiated == pytest.approx(terms["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_alpha_is_read_once_a_step(small_config, mode):
+    z, domain = planted_activations(8192)
+    config = dataclasses.replace(small_config, orthogonality=mode, resample_every=5)
+    trainer = new_trainer(config, z, kind=Watched)
+    for t in range(25):  # groupings, new lives and held gradients included
+        trainer.alpha_reads = 0
+        trainer.step(*batch(z, domain, t))
+        assert trainer.alpha_reads == 1
+
+
+class Pretended:
+    """One of two processes, each a thread of its own; what is summed is met at a barrier."""
+
+    size, device = 2, torch.device("cpu")
+
+    def __init__(self, rank, barrier, parts):
+        self.rank, self.barrier, self.parts = rank, barrier, parts
+
+    @classmethod
+    def pair(cls):
+        barrier, parts = threading.Barrier(2, timeout=30), [None, None]
+        return [cls(rank, barrier, parts) for rank in (0, 1)]
+
+    def share(self, n):
+        return slice(self.rank * n // 2, (self.rank + 1) * n // 2)
+
+    def exchanged(self, part):
+        self.parts[self.rank] = part.detach().clone()
+        self.barrier.wait()
+        parts = [other.clone() for other in self.parts]
+        self.barrier.wait()
+        return parts
+
+    def sum_(self, part):
+        return part.data.copy_(sum(self.exchanged(part))) if part.numel() else part
+
+    def same_(self, part):
+        return part.data.copy_(self.exchanged(part)[0])
+
+
+def in_two_threads(work):
+    """`work(processes)` of both; what they return."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        done = [pool.submit(work, processes) for processes in Pretended.pair()]
+    errors = [one.exception() for one in done if one.exception()]
+    for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+        raise error  # the one for which the other waited
+    return [one.result() for one in done]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_losses_that_two_processes_differentiate_add_up_to_the_logged_loss(small_config, mode):
+    z, domain = planted_activations(8192)
+    config = dataclasses.replace(small_config, orthogonality=mode)
+
+    def work(processes):
+        trainer = new_trainer(config, z, kind=Watched, processes=processes)
+        lines = []
+        for t in range(14):
+            z_BD, domain_B = batch(z, domain, t)
+            share = processes.share(256)
+            terms = trainer.step(z_BD[share], domain_B[share])
+            lines.append((trainer.differentiated, terms))
+        return trainer, lines
+
+    (first, ours), (second, theirs) = in_two_threads(work)
+    alone = new_trainer(config, z, kind=Watched)
+    for t, ((one, terms), (other, same)) in enumerate(zip(ours, theirs)):
+        assert terms == same
+        assert one != other  # each its part
+        assert one + other == pytest.approx(terms["loss"], rel=1e-5)
+        whole = alone.step(*batch(z, domain, t))
+        assert {name: terms[name] for name in TERMS} == pytest.approx(
+            {name: whole[name] for name in TERMS}, rel=1e-3, abs=1e-5)
+    for name, part in first.sae.state_dict().items():
+        assert torch.equal(part, second.sae.state_dict()[name])
+        torch.testing.assert_close(part, alone.sae.state_dict()[name], rtol=0, atol=2e-3)
+
+
+def plain_direction(W, trainer):
+    """L_dir by its definition, from the whole Gram matrix in float64."""
+    F, D = W.shape
+    mode, state = trainer.row.orthogonality, trainer.state
+    cosine, identity = W @ W.T, torch.eye(F, dtype=torch.float64)
+    if mode == "max_cosine":
+        return (cosine - 9 * identity).max(dim=1).values.square().mean()
+    if mode == "gram_encoder":
+        return (cosine - identity).square().sum() * D / F**2
+    weight = 1 - identity
+    if mode == "adaptive":
+        for group, s in zip(state["groups_GM"], state["direction_G"].double()):
+            weight[group[:, None], group] *= 1 - s
+    return (weight * cosine.square()).sum() * D / F**2
+
+
+def plain_use(f, domain, trainer):
+    """L_use by its definition: how much a feature is used has no slope, for which domain has."""
+    share = torch.zeros(f.shape[1], dtype=torch.float64)
+    for group, use in zip(trainer.state["groups_GM"], trainer.state["use_G"].double()):
+        share[group] = use
+    forget, retain = (f[domain == k].mean(0) for k in (0, 1))
+    both = forget + retain
+    kept = (1 - share) * both.detach() / both.sum().detach()
+    return (kept * 4 * forget * retain / both.clamp(min=1e-12) ** 2).sum()
 
 
 def plain_loss(parts, trainer, z, domain):
-    """The objective by its definition, dense and in float64: the F × F Gram, the plain impurity."""
+    """The objective, dense and in float64."""
     W_enc, b_enc, W_dec, b_dec = (parts[name] for name in ("W_enc_FD", "b_enc", "W_dec", "b_dec"))
     f = torch.relu((z - b_dec) @ W_enc.T + b_enc)
     loss = (z - f @ W_dec - b_dec).norm(dim=1).mean()
     loss = loss + math.exp(trainer.log_sparsity) * f.sum(1).mean()
     row = trainer.row
-    W = W_dec if row.ortho_matrix == "decoder" else W_enc
+    if row.orthogonality == "off":
+        return loss
+    W = W_enc if row.orthogonality == "gram_encoder" else W_dec
     W = torch.where((f > 0).any(0)[:, None], W, W.detach())  # what is silent is not turned
-    F, D = W.shape
-    if row.ortho_matrix == "encoder" and row.orthogonality != "fixed":
-        W = W / W.norm(dim=1, keepdim=True)
-    cosine = W @ W.T
-    weight = 1 - torch.eye(F, dtype=torch.float64)
-    share = torch.zeros(F, dtype=torch.float64)
+    apart = plain_direction(W, trainer)
     if row.orthogonality == "adaptive":
-        state = trainer.state
-        for group, s, use in zip(state["groups_GM"], state["direction_G"].double(), state["use_G"]):
-            share[group] = use.double()
-            weight[group[:, None], group] *= 1 - s
-    l_dir = (weight * cosine.square()).sum() * D / F**2
-    if row.orthogonality == "max_cosine":
-        l_dir = (cosine - 9 * torch.eye(F)).max(dim=1).values.square().mean()
-    if row.orthogonality == "fixed" and row.ortho_matrix == "encoder":
-        l_dir = (cosine - torch.eye(F)).square().sum() * D / F**2
-    l_use = 0.0
-    if row.orthogonality == "adaptive":
-        forget, retain = (f[domain == k].mean(0) for k in (0, 1))
-        both = forget + retain  # how much a feature is used has no slope, for which domain has
-        kept = (1 - share) * both.detach() / both.sum().detach()
-        l_use = (kept * 4 * forget * retain / both.clamp(min=1e-12) ** 2).sum()
-    return loss + (row.orthogonality != "off") * trainer.alpha * (l_dir + row.eta * l_use)
+        apart = apart + row.eta * plain_use(f, domain, trainer)
+    return loss + trainer.alpha * apart
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("screen", ["float32", "int8"])
-@pytest.mark.parametrize("mode", ["off", "fixed", "adaptive", "max_cosine"])
-@pytest.mark.parametrize("matrix", ["decoder", "encoder"])
-def test_a_steps_gradients_equal_the_plain_dense_float64_ones(small_config, mode, matrix, screen,
+@pytest.mark.parametrize("mode", MODES)
+def test_a_steps_gradients_equal_the_plain_dense_float64_ones(small_config, mode, screen,
                                                               precision):
     """To rounding; where L_dir's products are in bfloat16, to a hundredth of its own gradient."""
-    config = dataclasses.replace(small_config, orthogonality=mode, ortho_matrix=matrix, alpha=0.3,
-                                 steps=1000, ramp_fraction=0.01, regroup_every=10**6,
-                                 ortho_dtype=precision)
+    config = dataclasses.replace(small_config, orthogonality=mode, alpha=0.3, steps=1000,
+                                 ramp_fraction=0.01, regroup_every=10**6)
     z, domain = planted_activations(256)
-    sae = ex.CustomSAE(32, 128, ex.randomness("weights", 1), screen)
-    sae.initialize_biases_(z, 12.0)
+    trainer = new_trainer(config, z, seed=1, screen=screen)
+    sae = trainer.sae
     with torch.no_grad():
         sae.b_enc.add_(1e-3)  # or a token of each feature is active by rounding alone
         sae.b_enc[:9] = -10.0
-    trainer = ex.CustomTrainer(config, sae, 0)
-    trainer.step_count, trainer.l0 = 560, 12.0
-    order = torch.randperm(128, generator=ex.randomness("groups"))
-    trainer.state["groups_GM"] = order.view(16, 8)
+    trainer.step_count, trainer.l0, trainer.direction_dtype = 560, 12.0, precision
+    trainer.state["groups_GM"] = torch.randperm(128, generator=randomness("groups")).view(16, 8)
     trainer.state["direction_G"] = torch.linspace(-8, 0.9, 16)
     trainer.state["use_G"] = torch.linspace(1, 0, 16)
     assert trainer.is_sparse()
     assert trainer.ramp() == 1
+    # L_use is taken at the running means: let them be this batch's
+    code = sae.sparse_code(z)
+    trainer.update_use_(trainer.seen(code, domain))
     before = {name: part.detach().double().requires_grad_()
               for name, part in sae.named_parameters()}
     loss = plain_loss(before, trainer, z.double(), domain)
@@ -106,7 +253,7 @@ def test_a_steps_gradients_equal_the_plain_dense_float64_ones(small_config, mode
     along = (before["W_dec"].grad * before["W_dec"]).sum(1, keepdim=True)
     before["W_dec"].grad -= along.detach() * before["W_dec"].detach()
     terms = trainer.step(z, domain)
-    rounded = precision == "bfloat16" and mode in ("fixed", "adaptive")
+    rounded = precision == torch.bfloat16 and mode in ("fixed", "adaptive")
     assert terms["loss"] == pytest.approx(loss.item(), rel=1e-3 if rounded else 1e-5)
     pull = trainer.alpha * trainer.state["pull_FD"].abs().max().item() if rounded else 0.0
     for name, part in sae.named_parameters():
@@ -114,22 +261,115 @@ def test_a_steps_gradients_equal_the_plain_dense_float64_ones(small_config, mode
                                    atol=2e-6 + 0.01 * pull)
 
 
-def test_direction_term_lowers_the_frame_potential(small_config):
+def test_a_held_gradient_turns_features_as_the_one_that_was_computed(small_config):
+    """The same SAE and batch: between two computations the gradient is the held one, masked."""
+    config = dataclasses.replace(small_config, orthogonality="fixed", alpha=0.5, ramp_fraction=0.0)
+    z, domain = planted_activations(8192)
+    trainer = new_trainer(config, z)
+    trainer.step(*batch(z, domain, 0))
+    pull_FD = trainer.state["pull_FD"].clone()
+    with torch.no_grad():
+        trainer.sae.b_enc[:5] = -10.0  # silent
+    fired_F = torch.arange(128) >= 5
+    term = trainer.direction_term(fired_F)
+    assert float(term) == pytest.approx(float(trainer.state["l_dir"]))
+    gradient = torch.autograd.grad(term, trainer.sae.W_dec)[0]
+    assert torch.equal(gradient, pull_FD * fired_F[:, None])
+    assert torch.equal(trainer.state["pull_FD"], pull_FD)
+
+
+def test_the_direction_term_lowers_the_frame_potential(small_config):
     potentials = {}
     for mode, alpha in (("off", 0.0), ("fixed", 0.5)):
         trainer, _ = run(dataclasses.replace(small_config, orthogonality=mode, alpha=alpha))
-        potentials[mode] = ex.direction_loss(trainer.sae.W_dec).item()
+        potentials[mode] = direction_loss(trainer.sae.W_dec).item()
     assert potentials["fixed"] < potentials["off"] - 0.02
 
 
-def test_use_term_separates_use(small_config):
+def test_the_use_term_separates_use(small_config):
     """Where nothing is shared. (All features of this small world are even enough to share.)"""
     l_use = {}
     for eta in (0.0, 10.0):
         config = dataclasses.replace(small_config, alpha=0.1, eta=eta, share_max=0.0, steps=150)
         use = run(config)[0].running_use()
-        l_use[eta] = float(ex.use_loss(use, use))
+        l_use[eta] = float(use_loss(use, use))
     assert l_use[10.0] < 0.5 * l_use[0.0]
+
+
+# -- α has one way ---------------------------------------------------------------------------------
+
+
+def test_a_changed_alpha_trains_differently_and_is_what_is_recorded(small_config):
+    a, terms_a = run(small_config)
+    b, terms_b = run(small_config, alpha=0.7)
+    again, _ = run(dataclasses.replace(small_config, alpha=0.7))
+    assert a.config["alpha"] == small_config.alpha == terms_a["alpha"]
+    assert b.config["alpha"] == 0.7 == terms_b["alpha"]
+    assert not torch.equal(a.sae.W_dec, b.sae.W_dec)
+    assert torch.equal(b.sae.W_dec, again.sae.W_dec)  # it is α that counts, not where it was set
+    assert b.state_dict()[1]["alpha"] == 0.7
+
+
+def test_alpha_changed_during_training_acts_from_the_next_step_on(small_config):
+    z, domain = planted_activations(8192)
+    config = dataclasses.replace(small_config, orthogonality="fixed", ramp_fraction=0.0)
+    trainer = new_trainer(config, z)
+    trainer.step(*batch(z, domain, 0))
+    trainer.alpha = 0.9
+    terms = trainer.step(*batch(z, domain, 1))
+    assert terms["loss"] == pytest.approx(
+        terms["fit"] + terms["lambda"] * terms["l1"] + 0.9 * terms["l_dir"], rel=1e-5)
+    assert trainer.config["alpha"] == terms["alpha"] == 0.9
+
+
+def test_the_config_is_the_row_with_the_trainers_alpha_and_widths(small_config):
+    trainer = new_trainer(small_config, planted_activations(256)[0], seed=5)
+    trainer.alpha = 0.123
+    assert trainer.config == {**dataclasses.asdict(small_config), "alpha": 0.123, "d_in": 32,
+                              "d_sae": 128, "seed": 5}
+
+
+def test_alpha_ramps_up_over_the_first_part_of_training(small_config):
+    config = dataclasses.replace(small_config, steps=100, ramp_fraction=0.2)
+    trainer, ramps = new_trainer(config, planted_activations(256)[0]), []
+    for t in (0, 5, 10, 20, 99):
+        trainer.step_count = t
+        ramps.append(trainer.ramp())
+    assert ramps == pytest.approx([0, 0.25, 0.5, 1, 1])
+
+
+# -- Sparsity and learning rate --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [4.0, 12.0])
+def test_the_controller_meets_the_target_sparsity(small_config, target):
+    config = dataclasses.replace(small_config, orthogonality="off", alpha=0.0, steps=700,
+                                 target_l0=target, resample_every=150)
+    trainer, _ = run(config)
+    assert trainer.l0 == pytest.approx(target, rel=0.05)
+
+
+def test_the_sparsity_penalty_moves_by_a_bounded_step(small_config):
+    """Up where too many features are active, down where too few, not at all on target."""
+    rate, target = small_config.sparsity_rate, small_config.target_l0
+    for l0, move in ((1e6, rate), (0.0, -rate), (target, 0.0)):
+        trainer = new_trainer(small_config, planted_activations(256)[0])
+        trainer.l0 = target
+        before = trainer.log_sparsity
+        trainer.update_sparsity_(l0)
+        assert trainer.log_sparsity - before == pytest.approx(move)
+
+
+def test_the_learning_rate_warms_up_and_decays(small_config):
+    config = dataclasses.replace(small_config, steps=100, warmup_steps=10, decay_fraction=0.2)
+    trainer, rates = new_trainer(config, planted_activations(256)[0]), []
+    for t in (0, 9, 50, 80, 90, 99):
+        trainer.step_count = t
+        rates.append(trainer.learning_rate() / config.learning_rate)
+    assert rates == pytest.approx([0.1, 1, 1, 1, 0.5, 0.05])
+
+
+# -- Groups and sharing ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("every", "expected"), [(20, [12, 20, 40, 60]), (50, [12, 50])])
@@ -147,139 +387,115 @@ def test_the_use_term_begins_with_the_first_grouping(small_config):
     assert before["l_use"] == 0 < after["l_use"]
 
 
-def test_a_changed_alpha_trains_differently_and_is_what_is_recorded(small_config):
-    a, terms_a = run(small_config)
-    b, terms_b = run(small_config, alpha=0.7)
-    again, _ = run(dataclasses.replace(small_config, alpha=0.7))
-    assert a.config["alpha"] == small_config.alpha == terms_a["alpha"]
-    assert b.config["alpha"] == 0.7 == terms_b["alpha"]
-    assert not torch.equal(a.sae.W_dec, b.sae.W_dec)
-    assert torch.equal(b.sae.W_dec, again.sae.W_dec)  # it is α that counts, not where it was set
-    assert b.state_dict()[1]["alpha"] == 0.7
+def test_a_group_that_never_fired_counts_as_even():
+    """Nothing is known of it: to call it wholly uneven would deny it what all even ones share."""
+    rows, use = torch.zeros(4, 8), torch.tensor([[1.0, 3.0, 0, 0], [3.0, 1.0, 0, 0]])
+    groups = torch.tensor([[0, 1], [2, 3]])
+    statistics = group_statistics(rows, use, torch.eye(8)[:4], groups)
+    assert statistics.evenness_G.tolist() == [1.0, 1.0]
+    share = sharing(statistics, -8.0, 0.7, 0.5, 2.0, 1.5)
+    assert share.use_G.tolist() == pytest.approx([0.7, 0.7])
 
 
-@pytest.mark.parametrize("target", [4.0, 12.0])
-def test_the_controller_meets_the_target_sparsity(small_config, target):
-    config = dataclasses.replace(
-        small_config,
-        orthogonality="off",
-        alpha=0.0,
-        steps=700,
-        target_l0=target,
-        resample_every=150,
-    )
-    trainer, _ = run(config)
-    assert trainer.l0 == pytest.approx(target, rel=0.05)
+def test_sharing_by_hand():
+    """Four groups of own κ 1, 1, 4 and 9 at a limit of 2 · max(1, 2) = 4 and κ of random 2."""
+    statistics = GroupStatistics(
+        torch.zeros(4), evenness_G=torch.tensor([1.0, 0.2, 0.5, 0.1]),
+        kappa_G=torch.zeros(4), kappa_own_G=torch.tensor([1.0, 1.0, 5.0, 9.0]))
+    share = sharing(statistics, share_min=-8.0, share_max=0.8, share_even=0.5, kappa_max=2.0,
+                    kappa_random=2.0)
+    assert share.use_G.tolist() == pytest.approx([0.8, 0.32, 0.8, 0.16])
+    # beyond the limit by (κ − 4)/(4 − 2): half of share_min, and all of it
+    assert share.direction_G.tolist() == pytest.approx([0.8, 0.32, -4.0, -8.0])
 
 
-def test_learning_rate_warms_up_and_decays(small_config):
-    config = dataclasses.replace(small_config, steps=100, warmup_steps=10, decay_fraction=0.2)
-    trainer = ex.CustomTrainer(config, ex.CustomSAE(32, 128, ex.randomness(0)), 0)
-    rates = []
-    for t in (0, 9, 50, 80, 90, 99):
-        trainer.step_count = t
-        rates.append(trainer.learning_rate() / config.learning_rate)
-    assert rates == pytest.approx([0.1, 1, 1, 1, 0.5, 0.05])
+# -- New lives -------------------------------------------------------------------------------------
 
 
 def test_dead_features_are_given_a_new_life(small_config):
     config = dataclasses.replace(small_config, orthogonality="off", alpha=0.0, steps=100)
     z, domain = planted_activations(8192)
-    sae = ex.CustomSAE(32, 128, ex.randomness(0))
-    sae.initialize_biases_(z[:256], 16.0)
+    trainer = new_trainer(config, z)
     with torch.no_grad():
-        sae.b_enc[:40] = -50.0
-    trainer = ex.CustomTrainer(config, sae, 0)
+        trainer.sae.b_enc[:40] = -50.0
     for t in range(60):
-        part = torch.arange(t * 256, (t + 1) * 256) % len(z)
-        trainer.step(z[part], domain[part])
+        trainer.step(*batch(z, domain, t))
     assert int((trainer.state["silent_F"][:40] > 20).sum()) < 8
-    cosine = sae.W_dec[:40] @ sae.W_dec[:40].T - torch.eye(40)
-    assert float(cosine.max()) < 0.999  # no twins
+    W_dec = trainer.sae.W_dec[:40]
+    assert float((W_dec @ W_dec.T - torch.eye(40)).max()) < 0.999  # no twins
 
 
-def test_checkpoint_continues_to_the_last_bit(small_config, tmp_path):
+def test_newborn_features_have_no_past(small_config):
+    """No moments, silence, use, nor rows of the sketch: these are of the feature they were."""
     z, domain = planted_activations(8192)
+    trainer = new_trainer(small_config, z)
+    for t in range(15):
+        trainer.step(*batch(z, domain, t))
+    born = torch.tensor([3, 77])
+    trainer.state["silent_F"][born] = small_config.resample_every
+    assert bool((trainer.sketch.sum_FR[born] != 0).any(1).all())
+    others = {name: part.clone() for name, part in (
+        ("sums", trainer.sketch.sum_FR), ("fired", trainer.sketch.fired_F),
+        ("use", trainer.state["use_KF"].T))}
+    z_BD, domain_B = batch(z, domain, 15)
+    code = trainer.sae.dense_code(z_BD)
+    with torch.no_grad():
+        trainer.resample_(z_BD, code)
+    after = {"sums": trainer.sketch.sum_FR, "fired": trainer.sketch.fired_F,
+             "use": trainer.state["use_KF"].T}
+    old = torch.ones(128, dtype=torch.bool)
+    old[born] = False
+    for name, part in after.items():
+        assert float(part[born].abs().max()) == 0, name
+        assert torch.equal(part[old], others[name][old]), name
+    assert trainer.state["silent_F"][born].tolist() == [0, 0]
+    for parameter in (trainer.sae.W_enc_FD, trainer.sae.b_enc, trainer.sae.W_dec):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            kept = trainer.optimizer.state[parameter][moment]
+            assert float(kept[born].abs().max()) == 0
+            assert float(kept[old].abs().max()) > 0
 
-    def batch(t):
-        part = torch.arange(t * 256, (t + 1) * 256) % len(z)
-        return z[part], domain[part]
 
-    def fresh():
-        sae = ex.CustomSAE(32, 128, ex.randomness(0))
-        sae.initialize_biases_(z[:256], 16.0)
-        return ex.CustomTrainer(small_config, sae, 0)
+# -- Checkpoints and odd numbers -------------------------------------------------------------------
 
-    whole, first = fresh(), fresh()
+
+@pytest.mark.parametrize("mode", ["adaptive", "gram_encoder"])
+def test_a_checkpoint_continues_to_the_last_bit(small_config, tmp_path, mode):
+    z, domain = planted_activations(8192)
+    config = dataclasses.replace(small_config, orthogonality=mode)
+    whole, first, second = (new_trainer(config, z) for _ in range(3))
+    whole.alpha = first.alpha = 0.3
     for t in range(60):
-        whole.step(*batch(t))
+        whole.step(*batch(z, domain, t))
     for t in range(37):
-        first.step(*batch(t))
-    ex.write_tensors(tmp_path / "state.safetensors", *first.state_dict())
-    second = fresh()
-    second.load_state_dict(*ex.read_tensors(tmp_path / "state.safetensors"))
+        first.step(*batch(z, domain, t))
+    write_tensors(tmp_path / "state.safetensors", *first.state_dict())
+    second.load_state_dict(*read_tensors(tmp_path / "state.safetensors"))
     for t in range(37, 60):
-        second.step(*batch(t))
+        second.step(*batch(z, domain, t))
     a, b = whole.state_dict(), second.state_dict()
     assert a[1] == b[1]
     for name, part in a[0].items():
         assert torch.equal(part, b[0][name]), name
 
 
+def test_checkpoints_are_due_at_the_end_and_not_shortly_before_it():
+    config = CustomSAEConfig(steps=600, checkpoint_every=250)
+    assert [step for step in range(1, 601) if checkpoint_due(config, step)] == [250, 600]
+    config = CustomSAEConfig(steps=500, checkpoint_every=250)
+    assert [step for step in range(1, 501) if checkpoint_due(config, step)] == [250, 500]
+
+
 def test_a_non_finite_loss_stops_the_run_with_its_terms(small_config):
     z, domain = planted_activations(256)
-    trainer = ex.CustomTrainer(small_config, ex.CustomSAE(32, 128, ex.randomness(0)), 0)
+    trainer = new_trainer(small_config, z)
     z[3, 4] = math.inf
-    with pytest.raises(ex.UserError, match=r"non-finite loss at step 0, seed 0: .*fit"):
+    with pytest.raises(UserError, match=r"non-finite loss at step 0, seed 0: .*fit"):
         trainer.step(z, domain)
 
 
-@pytest.mark.parametrize("bad", [dict(orthogonality="strong"), dict(ortho_matrix="bias")])
-def test_unknown_modes_are_named(small_config, bad):
-    with pytest.raises(ValueError, match=next(iter(bad.values()))):
-        ex.CustomTrainer(
-            dataclasses.replace(small_config, **bad), ex.CustomSAE(32, 128, ex.randomness(0)), 0
-        )
-
-
-def test_batches_are_a_function_of_seed_and_step_and_cover_an_epoch():
-    acts = torch.arange(40, dtype=torch.float16)[:, None].expand(40, 3)
-    shard = {"acts": acts, "domain": (torch.arange(40) % 2).to(torch.uint8)}
-    buffer = ex.ActivationBuffer([shard, shard], 100)  # room for more than there is
-    z, domain = buffer.batch(7, 3, 16)
-    buffer.batch(7, 9, 16)
-    again, _ = buffer.batch(7, 3, 16)
-    assert torch.equal(z, again)
-    seen = torch.cat([buffer.batch(1, step, 16)[0][:, 0] for step in range(5)]) * buffer.scale
-    assert sorted(seen.round().tolist()) == sorted([*range(40), *range(40)])
-    assert torch.equal((z[:, 0] * buffer.scale).round().long() % 2, domain)
-    assert float(buffer.acts_ND.float().square().sum(1).mean()) == pytest.approx(buffer.scale**2)
-    assert not torch.equal(buffer.batch(1, 0, 16)[0], buffer.batch(1, 5, 16)[0])
-
-
-def test_shares_make_up_the_batch_and_mislabelled_ones_keep_their_tokens():
-    z = torch.randn(80, 4, generator=ex.randomness("shares")).half()
-    buffer = ex.ActivationBuffer([{"acts": z, "domain": torch.arange(80) % 2}], len(z))
-    whole = buffer.batch(7, 3, 16)
-    halves = [buffer.batch(7, 3, 16, share) for share in (slice(0, 8), slice(8, 16))]
-    for part, both in zip(whole, zip(*halves)):
-        torch.testing.assert_close(torch.cat(both), part, rtol=0, atol=0)
-    mixed = buffer.batch(7, 3, 16, mislabelled=True)
-    assert torch.equal(mixed[0], whole[0])
-    torch.testing.assert_close(buffer.batch(7, 3, 16, slice(8, 16), True)[1], mixed[1][8:])
-
-
-def test_mislabelled_stretches_are_as_many_and_as_steady_as_the_true_ones():
-    n, stretch = 40, ex.ActivationBuffer.STRETCH
-    z = torch.arange(n * stretch)[:, None] // stretch + 1  # every token tells its stretch
-    true = (z[:, 0] % 3 == 0).long()
-    buffer = ex.ActivationBuffer([{"acts": z.half(), "domain": true}], len(z))
-    given = torch.zeros(n + 1, 2)
-    for step in range(2 * n):  # two epochs
-        z_BD, domain = buffer.batch(5, step, stretch, mislabelled=True)
-        stretch_B = (z_BD[:, 0] * buffer.scale).round().long()
-        given += torch.zeros_like(given).index_put_((stretch_B, domain), torch.ones(stretch), True)
-    assert given[1:].sum(1).tolist() == [2 * stretch] * n
-    assert bool((given[1:] == 0).any(1).all())  # a stretch keeps its label
-    assert int((given[1:, 1] > 0).sum()) == n // 3  # as many of each domain
-    assert not torch.equal((given[1:, 1] > 0).long(), true[::stretch])
+def test_a_line_of_the_curves_says_where_it_is(small_config):
+    trainer = new_trainer(small_config, planted_activations(256)[0], seed=4)
+    trainer.step_count = 7
+    trainer.note({"loss": 1.0})
+    assert trainer.history == [{"seed": 4, "step": 7, "tokens": 7 * 256, "loss": 1.0}]

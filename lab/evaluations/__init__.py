@@ -9,8 +9,9 @@ from torch import Tensor
 from lab.console import Clock
 from lab.evaluations.conditioning import evaluate_conditioning
 from lab.evaluations.heldout import HeldOut
-from lab.evaluations.probing import ProbeSet, evaluate_sparse_probing, probe_sets
+from lab.evaluations.probing import evaluate_sparse_probing, pooled_for, probe_sets
 from lab.evaluations.reconstruction import evaluate_reconstruction
+from lab.evaluations.separation import evaluate_separation
 from lab.evaluations.unlearning import evaluate_unlearning, feature_statistics
 from lab.evaluations.yardstick import evaluate_directions
 from lab.sparse import ExportedSAE
@@ -52,7 +53,7 @@ def evaluate(saes: Mapping[int, ExportedSAE], substrate: Substrate,
             f"results/{names[one]}-{seed}",
             lambda: ({}, one(saes[seed], *evaluations[one].arguments(seed))), *causes)[1]
 
-    jobs = [(one, seed) for one in evaluations for seed in saes]
+    jobs = [(one, seed) for seed in saes for one in evaluations]
     done = {}
     for one, seed in jobs[processes.rank :: processes.size]:
         with clock.phase(names[one], f"seed {seed}"):
@@ -83,13 +84,16 @@ def evaluations_of(saes: Mapping[int, ExportedSAE], substrate: Substrate,
     samples = [learn_sample(domain) for domain in (FORGET, RETAIN)]
     statistics = functools.cache(lambda seed: feature_statistics(saes[seed], samples))
     chosen_on = checksum(dict(zip(NAMED, samples)), ""), code_digest(feature_statistics)
-    probed = (sizes, substrate.sink_norm, digest(substrate.corpus["probes"]),
-              code_digest(probe_sets, ProbeSet))
+    probed = functools.lru_cache(1)(
+        lambda seed: [pooled_for(saes[seed], texts) for texts in probe_sets(substrate)])
+    probed_on = (sizes, substrate.sink_norm, digest(substrate.corpus["probes"]),
+                 code_digest(probe_sets, pooled_for))
     return {
         evaluate_reconstruction: Evaluation(lambda seed: (heldout, statistics(seed).use_KF),
                                             (heldout.causes, chosen_on)),
         evaluate_conditioning: Evaluation(lambda _: (heldout,), (heldout.causes,)),
-        evaluate_sparse_probing: Evaluation(lambda _: (substrate, probe_sets(substrate)), probed),
+        evaluate_sparse_probing: Evaluation(lambda seed: (substrate, probed(seed)), probed_on),
+        evaluate_separation: Evaluation(lambda seed: (substrate, probed(seed)), probed_on),
         evaluate_unlearning: Evaluation(lambda seed: (heldout, statistics(seed), seed),
                                         (heldout.causes, chosen_on, sizes.least_questions)),
     }

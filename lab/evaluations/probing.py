@@ -1,5 +1,6 @@
 """Sparse probing: how well few features tell texts of a class from others."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ class ProbeSet(NamedTuple):
     labels: np.ndarray
     parts: np.ndarray  # train | test
     causes: tuple  # what determines all of these
+    attributes: np.ndarray | None = None  # beside the class, of two values: gender, rating
 
     def pooled(self, add_: Callable[[Tensor, Tensor, Tensor], Any], width: int,
                chunk: int = TOKENS_AT_ONCE) -> np.ndarray:
@@ -43,6 +45,40 @@ class ProbeSet(NamedTuple):
             add_(total, owner, acts.float())
         counts = torch.bincount(self.owner_N, minlength=len(total)).clamp(min=1)
         return (total / counts[:, None]).numpy()
+
+
+class PooledSet(NamedTuple):
+    """A probing set without tokens: each text is their mean. Evaluations of one SAE share it."""
+
+    sae: ExportedSAE
+    name: str
+    residuals_OD: np.ndarray  # O texts
+    features_OF: np.ndarray
+    labels: np.ndarray
+    parts: np.ndarray
+    causes: tuple  # what determines all of these but the features
+    attributes: np.ndarray | None = None
+
+
+def pooled_for(sae: ExportedSAE, texts: ProbeSet | PooledSet) -> PooledSet:
+    """The set with the pooled features of `sae`; raises ValueError if it has another SAE's."""
+    if isinstance(texts, ProbeSet):
+        features_OF = texts.pooled(functools.partial(add_features_, sae), sae.d_sae)
+        return PooledSet(sae, texts.name, texts.pooled(add_rows_, sae.d_in), features_OF,
+                         texts.labels, texts.parts, texts.causes, texts.attributes)
+    if texts.sae is not sae:
+        raise ValueError(f"{texts.name} has the features of another SAE")
+    return texts
+
+
+def add_rows_(total_OD: Tensor, owner_N: Tensor, x_ND: Tensor) -> None:
+    total_OD.index_add_(0, owner_N, x_ND)
+
+
+def add_features_(sae: ExportedSAE, total_OF: Tensor, owner_N: Tensor, x_ND: Tensor) -> None:
+    code = sae.code(x_ND)
+    place_N = owner_N[code.row_N] * sae.d_sae + code.column_N
+    total_OF.view(-1).index_add_(0, place_N, code.value_N)
 
 
 def probe_sets(substrate: Substrate) -> Iterator[ProbeSet]:
@@ -93,7 +129,7 @@ def text_residuals(substrate: Substrate, texts: list[str], name: str) -> dict[st
 
 
 def evaluate_sparse_probing(sae: ExportedSAE, substrate: Substrate,
-                            sets: Iterable[ProbeSet]) -> dict[str, Any]:
+                            sets: Iterable[ProbeSet | PooledSet]) -> dict[str, Any]:
     """How well single features, or few, tell texts of a class from others; higher is better,
     chance is 0.5.
 
@@ -103,19 +139,13 @@ def evaluate_sparse_probing(sae: ExportedSAE, substrate: Substrate,
     and classes without a task; they count for nothing. What it cannot tell: whether a feature
     means the class or something that goes with it.
     """
-
-    def add_features_(total_OF: Tensor, owner_N: Tensor, x_ND: Tensor) -> None:
-        code = sae.code(x_ND)
-        place_N = owner_N[code.row_N] * sae.d_sae + code.column_N
-        total_OF.view(-1).index_add_(0, place_N, code.value_N)
-
     details, skipped = [], {}
-    for texts in sets:
+    for texts in (pooled_for(sae, one) for one in sets):
         tasks, left_out = probe_tasks(texts, substrate.sizes)
         skipped |= left_out
         if tasks:
             tables = {"llm": llm_table(substrate, texts, tasks),
-                      "sae": probe_table(texts.pooled(add_features_, sae.d_sae), texts, tasks)}
+                      "sae": probe_table(texts.features_OF, texts, tasks)}
             details.append({"dataset_name": f"{texts.name}_results",
                             **{f"{side}_{key}": accuracy for side, table in tables.items()
                                for key, accuracy in table.items()}, "texts": sizes_of(tasks)})
@@ -124,21 +154,16 @@ def evaluate_sparse_probing(sae: ExportedSAE, substrate: Substrate,
                for name in names}, "details": details, "skipped": skipped}
 
 
-def llm_table(substrate: Substrate, texts: ProbeSet, tasks: Tasks) -> dict[str, float]:
+def llm_table(substrate: Substrate, texts: PooledSet, tasks: Tasks) -> dict[str, float]:
     """Probes on the residual stream itself, the same for all SAEs and so made once."""
     causes = (substrate.sizes.probe_train, substrate.sizes.probe_test, texts.causes,
               code_digest(probe_tasks, probe_table, add_rows_, ProbeSet))
     return substrate.cached(
         f"probe-llm-{texts.name.replace('/', '_')}",
-        lambda: ({}, probe_table(texts.pooled(add_rows_, texts.acts_ND.shape[1]), texts, tasks)),
-        *causes)[1]
+        lambda: ({}, probe_table(texts.residuals_OD, texts, tasks)), *causes)[1]
 
 
-def add_rows_(total_OD: Tensor, owner_N: Tensor, x_ND: Tensor) -> None:
-    total_OD.index_add_(0, owner_N, x_ND)
-
-
-def probe_tasks(texts: ProbeSet, sizes: Sizes) -> tuple[Tasks, dict[str, str]]:
+def probe_tasks(texts: ProbeSet | PooledSet, sizes: Sizes) -> tuple[Tasks, dict[str, str]]:
     """The binary task of each class that has the texts for one, and why others have none."""
     tasks, left_out = {}, {}
     for label in np.unique(texts.labels):
@@ -164,7 +189,7 @@ def score(k: int | None) -> str:
     return "test_accuracy" if k is None else f"top_{k}_test_accuracy"
 
 
-def probe_table(features: np.ndarray, texts: ProbeSet, tasks: Tasks) -> dict[str, float]:
+def probe_table(features: np.ndarray, texts: PooledSet, tasks: Tasks) -> dict[str, float]:
     """Accuracies of one data set, mean over its classes one against the rest, by k."""
     table: dict[str, list[float]] = {score(k): [] for k in (*K_VALUES, None)}
     for label, task in tasks.items():

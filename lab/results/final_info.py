@@ -84,6 +84,8 @@ def flat_metrics(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, float | No
     flat |= {key: value for key, value in parts["conditioning"].items() if np.isscalar(value)}
     flat |= {key: value for key, value in parts["sparse_probing"].items()
              if key.endswith("accuracy")}
+    flat |= {key: value for key, value in parts["separation"].items()
+             if key not in ("details", "skipped")}
     unlearning = parts["unlearning"]
     flat |= {key: unlearning[key] for key in (*METRICS, *(f"forget_rise_at_{cost}"
                                                           for cost in COSTS))}
@@ -182,6 +184,9 @@ def sae_bench_part(info: Info, substrate: Substrate, probing: list[dict]) -> Inf
                       info["means"].get(f"{side}_{kind}test_accuracy")
                       for kind in ("", *(f"top_{k}_" for k in (*K_VALUES, 100)))}
                for side in ("llm", "sae")}
+    for name in ("tpp", "scr"):
+        if found := {key: mean for key, mean in info["means"].items() if key.startswith(name)}:
+            metrics[f"{name}_metrics"] = found
     return {
         "eval_type_id": "sparse_probing",
         "eval_config": probing_config(substrate, details),
@@ -270,7 +275,7 @@ def collect(run: str, budget: str, config: Info, evaluated: Evaluated,
         "means": means, "stderrs": stderrs,
         "seeds": [{"seed": seed, **row} for seed, row in zip(results, rows)],
         **{part: {"per_seed": [parts[part] for parts in results.values()]}
-           for part in ("reconstruction", "conditioning", "unlearning")},
+           for part in ("reconstruction", "conditioning", "separation", "unlearning")},
         "yardstick": evaluated.yardstick,
         "skipped": {**substrate.corpus["skipped"], **probing[0]["skipped"]},
         "environment": environment(substrate),

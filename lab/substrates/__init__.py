@@ -20,6 +20,7 @@ from lab.substrates.pythia import HubRefusal, Pythia
 from lab.substrates.standin import Standin
 from lab.substrates.texts import NAMED, Sizes, pack_contexts
 
+HASHED = (Standin.wheel,)  # files whose hashes are in the fingerprint, however they are fetched
 SINK_FACTOR = 10.0  # a token this many median norms long is an attention sink
 
 
@@ -80,7 +81,8 @@ class Substrate:
         self.name, self.domains = source.name, (*NAMED, *source.unnamed)
         self.dtype = faster_dtype(processes.device)
         self.causes = (source.name, source.fingerprint, str(self.dtype), torch.__version__,
-                       transformers.__version__, code_digest(LanguageModel))
+                       transformers.__version__,
+                       code_digest(LanguageModel, type(source).load_model, values=HASHED))
 
     @property
     def precision(self) -> str:
@@ -100,8 +102,8 @@ class Substrate:
     def corpus(self) -> dict[str, Any]:
         """All text: by half and domain, questions, probing sets, and what could not be had."""
         sizes = (self.sizes.learn_tokens, self.sizes.probe_train, self.sizes.probe_test)
-        causes = (self.source.fingerprint, sizes, code_digest(type(self.source)))
-        return self.cache.get(f"{self.name}/corpus", causes,
+        code = code_digest(type(self.source).corpus, values=HASHED)
+        return self.cache.get(f"{self.name}/corpus", (self.source.fingerprint, sizes, code),
                               lambda: ({}, self.source.corpus(self.sizes)))[1]
 
     @functools.cached_property

