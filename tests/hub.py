@@ -18,7 +18,7 @@ class Fault:
     """What goes wrong with requests ("GET /path") that `pattern` is found in, how many times."""
 
     pattern: str
-    kind: str  # a status such as "429" | stall | hang up | cut | short
+    kind: str  # a status such as "429" | gated | stall | hang up | cut | short
     times: int = 1_000_000
 
     def hits(self, request):
@@ -97,6 +97,8 @@ class Handler(BaseHTTPRequestHandler):
         elif fault == "stall":
             self.server.closing.wait(self.server.patience)
             self.close_connection = True
+        elif fault == "gated":
+            self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
         elif fault.isdigit():
             self.answer(int(fault), b"the fault that was asked for", {"Retry-After": "0"})
         else:

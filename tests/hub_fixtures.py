@@ -12,7 +12,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-import experiment as ex
+from lab.substrates.pythia import PROBE_SOURCES, Pythia
 
 PLANTS = ("tomato", "lavender", "fern", "apple tree", "rose", "mint", "tulip", "ivy", "bean",
           "cactus", "pumpkin", "moss")
@@ -70,7 +70,7 @@ def town_questions(rng, subject, n):
 
 
 def biographies(rng, each=24):
-    professions = sorted({c for s in ex.PROBE_SOURCES.values() if "bios" in s.path
+    professions = sorted({c for s in PROBE_SOURCES.values() if "bios" in s.path
                           for c in s.classes})
     return parquet([
         {"hard_text": f"She works at the {PLACES[job % 10]} and {rng.choice(EVENTS)}, job {job}, "
@@ -129,11 +129,11 @@ def language_model(texts):
 def fill(hub):
     """All repositories that the `pythia` substrate reads, at the commits that it names, but for
     one probing set that is absent and one whose file is broken."""
-    rng, pinned = random.Random(0), ex.Pythia.revisions
+    rng, pinned = random.Random(0), Pythia.revisions
     part = "-00000-of-00001.parquet"
     texts = [*(sentence(rng, i) for i in range(300)), *CODE.values(), *GREETING.values(),
              *(f"Question: Which plant {care}?\nAnswer: {p}" for care in CARE for p in PLANTS)]
-    name = ex.Pythia.model_name
+    name = Pythia.model_name
     hub.add("models", name, language_model(texts), pinned[name])
     hub.add("datasets", "Salesforce/wikitext", {
         "README.md": card({"wikitext-103-raw-v1": ("test", "train")}),
@@ -145,7 +145,7 @@ def fill(hub):
         "README.md": card({"wmdp-bio": ["test"], "wmdp-cyber": ["test"]}),
         f"wmdp-bio/test{part}": garden_questions(rng, 400),
         f"wmdp-cyber/test{part}": garden_questions(rng, 10)})
-    subjects = {name: ["test"] for name in ex.Pythia.retain_subjects}
+    subjects = {name: ["test"] for name in Pythia.retain_subjects}
     hub.add("datasets", "cais/mmlu", {
         "README.md": card(subjects),
         **{f"{name}/test{part}": town_questions(rng, name, 20) for name in subjects},
@@ -162,7 +162,7 @@ def fill_probes(hub, rng, part):
     hub.add("datasets", "codeparrot/github-code",
             {"all-all/partial-train/0000.parquet": github_code(rng)},
             branch="refs/convert/parquet")
-    pairs = ex.PROBE_SOURCES["Helsinki-NLP/europarl"].configs
+    pairs = PROBE_SOURCES["Helsinki-NLP/europarl"].configs
     hub.add("datasets", "Helsinki-NLP/europarl", {
         "README.md": card({pair: ["train"] for pair in pairs}),
         **{f"{pair}/train{part}": europarl(rng, pair) for pair in pairs}})

@@ -2,45 +2,51 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import hub_fixtures
 import pytest
+from forked import Forked
 from hub import Fault, Hub
 
-import experiment as ex
+from lab.storage import read_tensors
+from lab.substrates.pythia import PROBE_SOURCES, Pythia
+from lab.substrates.standin import Standin
 
 ROOT = Path(__file__).resolve().parent.parent
-NAME = ex.Pythia.model_name
+NAME = Pythia.model_name
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens there
 FETCH = """
-import os, pathlib, experiment as ex
-ex.quiet_libraries()
-pythia = ex.Pythia(ex.Cache(pathlib.Path(os.environ["SAE_CACHE_DIR"])))
-pythia.fetch()
+import os, pathlib
+from lab.storage import Cache, to_json
+from lab.substrates import Pythia, choose_source, quiet_libraries
+from lab.substrates.texts import SIZES
+quiet_libraries()
+cache = Cache(pathlib.Path(os.environ["SAE_CACHE_DIR"]))
+Pythia(cache).fetch()
 """
 CORPUS = FETCH + """
-config = ex.resolve_config("run_2", "smoke", pathlib.Path("."))
-print(ex.to_json(pythia.corpus(config)))
+print(to_json(Pythia(cache).corpus(SIZES["smoke"])))
 """
-CHOOSE = """
-import os, pathlib, experiment as ex
-print(ex.choose_substrate("auto", ex.Cache(pathlib.Path(os.environ["SAE_CACHE_DIR"]))).name)
-"""
+CHOOSE = FETCH.replace("Pythia(cache).fetch()", "print(choose_source('auto', cache).name)")
+
+
+def surroundings(endpoint, folder, **environment):
+    """What a process finds whose Hub is `endpoint`, with caches of its own in `folder`."""
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    return {**inherited, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"),
+            "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+            "SAE_CACHE_DIR": str(folder / "cache"), "SAE_SUBSTRATE": "pythia",
+            "SAE_BUDGET": "smoke", "WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT),
+            **environment}
 
 
 def run(endpoint, folder, *arguments, **environment):
-    """A Python process whose Hub is `endpoint`, with caches of its own in `folder`."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    env = {**inherited, "HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"),
-           "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
-           "SAE_CACHE_DIR": str(folder / "cache"), "SAE_SUBSTRATE": "pythia",
-           "SAE_BUDGET": "smoke", "WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT),
-           **environment}
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=env, capture_output=True,
-                          text=True)
+    return subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True,
+                          env=surroundings(endpoint, folder, **environment))
 
 
 def experiment(endpoint, folder, out_dir="run_2", **environment):
@@ -78,6 +84,28 @@ def hub(running_hub):
     running_hub.faults.clear()
 
 
+@pytest.fixture(scope="module")
+def forked(running_hub, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forked")
+    return folder, Forked(**surroundings(running_hub.endpoint, folder))
+
+
+@pytest.fixture
+def attempt(hub, forked):
+    """run_2 from the beginning, with the faults that the Hub has now."""
+    folder, processes = forked
+
+    def attempt(**environment):
+        for name in ("hf", "cache", "run_2"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        done = processes.run("sys.exit(experiment.main(['--out_dir=run_2']))", folder,
+                             surroundings(hub.endpoint, folder, **environment))
+        assert not (folder / "run_2" / "final_info.json").exists()
+        return one_line_error(done)
+
+    return attempt
+
+
 def read(folder, run):
     text = (folder / run / "final_info.json").read_text()
     assert "NaN" not in text
@@ -85,7 +113,10 @@ def read(folder, run):
     return json.loads(text)
 
 
-def test_main_job_runs_on_what_the_hub_serves(study):
+# -- A sound Hub ---------------------------------------------------------------------------------
+
+
+def test_the_main_job_runs_on_what_the_hub_serves(study):
     folder, done, _ = study
     info = read(folder, "run_2")
     assert "run_2 on pythia (smoke)" in done.stdout
@@ -97,15 +128,16 @@ def test_main_job_runs_on_what_the_hub_serves(study):
     unlearning = info["unlearning"]["per_seed"][0]
     assert unlearning["counts"]["forget"]["asked"] == 16
     assert len(unlearning["settings"]) == 16
-    exported = folder / "run_2" / "seed_1" / "sae_lens" / "cfg.json"
-    assert json.loads(exported.read_text())["d_in"] == 512
+    exported = json.loads((folder / "run_2" / "seed_1" / "sae_lens" / "cfg.json").read_text())
+    assert exported["d_in"] == 512
+    assert exported["metadata"]["model_name"] == NAME
 
 
 def test_every_probing_set_is_either_used_or_skipped_with_a_reason(study):
     folder, done, _ = study
     info = read(folder, "run_2")
     used, skipped = info["eval_config"]["dataset_names"], info["skipped"]
-    assert sorted([*used, *skipped]) == sorted(ex.PROBE_SOURCES)
+    assert sorted([*used, *skipped]) == sorted(PROBE_SOURCES)
     assert "codeparrot/github-code" in used  # from its converted files: main holds a script
     absent, broken = hub_fixtures.ABSENT, hub_fixtures.BROKEN
     assert set(skipped) == {absent, f"{absent}_sentiment", broken}
@@ -118,7 +150,7 @@ def test_every_probing_set_is_either_used_or_skipped_with_a_reason(study):
 
 def test_pinned_repositories_are_read_at_their_commit(running_hub, study):
     files = [request.split("/resolve/") for request in study[2] if "/resolve/" in request]
-    for name, revision in ex.Pythia.revisions.items():
+    for name, revision in Pythia.revisions.items():
         kind = "models" if name == NAME else "datasets"
         pinned = [repository.commit for repository in running_hub.repositories[kind, name]
                   if revision in (repository.commit, repository.branch)]
@@ -143,14 +175,37 @@ def test_another_row_runs_offline_from_the_cache(hub, study):
     assert second["means"]["llm_test_accuracy"] == first["means"]["llm_test_accuracy"]
 
 
-def test_auto_takes_pythia_where_the_hub_serves_it_and_else_the_standin(hub, tmp_path):
+# -- The choice of a substrate -------------------------------------------------------------------
+
+
+def test_auto_takes_pythia_where_the_hub_serves_it_and_where_nobody_answers_the_standin(
+        hub, tmp_path):
     done = run(hub.endpoint, tmp_path, "-c", CHOOSE)
     assert (done.stdout, done.stderr) == ("pythia\n", "")
     done = run(NOWHERE, tmp_path, "-c", CHOOSE)
     assert done.stdout == "standin\n"
     assert len(done.stderr.splitlines()) == 1
-    assert f"substrate: standin ({ex.Standin.model_name}); {NAME} cannot be had" in done.stderr
+    assert f"substrate: standin ({Standin.model_name}); {NAME} cannot be had" in done.stderr
     assert "Connection refused" in done.stderr
+
+
+@pytest.mark.parametrize("substrate", ["auto", "pythia"])
+@pytest.mark.parametrize(("pattern", "kind", "name", "status"), [
+    ("/api/", "401", NAME, 401),
+    ("/api/datasets/cais/wmdp", "403", "cais/wmdp", 403),
+    (f"/api/models/{NAME}", "gated", NAME, 403),
+    ("wmdp.*parquet", "gated", "cais/wmdp", 403),
+    ("safetensors", "401", NAME, 401),
+])
+def test_a_hub_that_refuses_names_the_token_and_no_other_substrate_is_taken(
+        hub, attempt, substrate, pattern, kind, name, status):
+    hub.faults.append(Fault(pattern, kind))
+    error = attempt(SAE_SUBSTRATE=substrate)
+    assert f"the Hugging Face Hub refuses {name} (status {status}); set HF_TOKEN" in error
+    assert "network" not in error
+
+
+# -- Faults --------------------------------------------------------------------------------------
 
 
 def test_pythia_with_nobody_there_is_one_line(tmp_path):
@@ -164,7 +219,7 @@ def test_pythia_with_nobody_there_is_one_line(tmp_path):
     ("pattern", "kind", "names", "reason"),
     [
         (f"/api/models/{NAME}", "404", NAME, "404"),
-        ("/api/datasets/cais/wmdp", "429", NAME, "429"),
+        ("/api/datasets/cais/wmdp", "429", "cais/wmdp", "429"),
         ("/api/", "500", NAME, "500"),
         ("/api/", "stall", NAME, "timed out"),
         ("GET .*safetensors", "404", NAME, "404"),
@@ -176,12 +231,11 @@ def test_pythia_with_nobody_there_is_one_line(tmp_path):
         ("wmdp.*parquet", "short", "cais/wmdp", ""),
     ],
 )
-def test_a_hub_that_keeps_failing_is_one_line(hub, tmp_path, pattern, kind, names, reason):
+def test_a_hub_that_keeps_failing_is_one_line(hub, attempt, pattern, kind, names, reason):
     hub.faults.append(Fault(pattern, kind))
-    error = one_line_error(experiment(hub.endpoint, tmp_path))
+    error = attempt()
     assert names in error
     assert reason in error
-    assert not (tmp_path / "run_2" / "final_info.json").exists()
 
 
 def test_passing_faults_change_nothing(hub, study, tmp_path):
@@ -195,7 +249,7 @@ def test_passing_faults_change_nothing(hub, study, tmp_path):
     assert done.returncode == 0, done.stderr[-1500:]
     assert [fault.kind for fault in hub.faults if fault.times] == []
     (path,) = (study[0] / "cache" / "pythia").glob("corpus-*.safetensors")
-    assert json.loads(done.stdout) == ex.read_tensors(path)[1]
+    assert json.loads(done.stdout) == read_tensors(path)[1]
     (weights,) = (tmp_path / "hf").rglob("model.safetensors")
     served = hub.repositories["models", NAME][0].files["model.safetensors"]
     assert weights.read_bytes() == served

@@ -87,6 +87,7 @@ class Handler(BaseHTTPRequestHandler):
             run.config = json.loads(asked.get("config") or "null") or run.config
             run.name = asked.get("displayName") or getattr(run, "name", None)
             run.group = asked.get("groupName") or getattr(run, "group", None)
+            run.project = getattr(run, "project", None) or asked.get("project")  # the first time
             bucket = {"id": "r", "name": asked["name"], "project": project}
             return {"upsertBucket": {"bucket": bucket, "inserted": not run.history}}
         if operation == "CreateRunFiles":

@@ -29,12 +29,14 @@ class Tracker:
         defaults = {"WANDB_PROJECT": ("project", "adaptive-orthogonal-sae"),
                     "WANDB_NAME": ("name", run), "WANDB_RUN_GROUP": ("group", group),
                     "WANDB_RUN_ID": ("id", digest(run, config, group)),
+                    "WANDB_RESUME": ("resume", "allow"),
                     "WANDB_MODE": ("mode", "online" if signed_in else "offline"),
                     "WANDB_DIR": ("dir", str(cache.root))}
-        unset = dict(default for name, default in defaults.items() if not os.environ.get(name))
+        settings = {key: os.environ.get(name) or default
+                    for name, (key, default) in defaults.items()}
         try:
             self.run = wandb.init(
-                config=dict(config), resume="allow", **unset,
+                config=dict(config), **settings,
                 settings=wandb.Settings(silent=True, console="off", disable_git=True,
                                         login_timeout=20, init_timeout=20, finish_timeout=20),
             )
@@ -64,8 +66,10 @@ class Tracker:
             self.log(line)
 
     def finish(self, info: Mapping[str, Any]) -> None:
+        """Results, and the configuration as it trained."""
         if self.run is not None:
             with contextlib.suppress(Exception):
+                self.run.config.update(dict(info["config"]), allow_val_change=True)
                 self.run.summary.update(info["means"])
                 text = "\n".join(summary(info))
                 self.run.log({"results": wandb.Html(f"<pre>{text}</pre>")})

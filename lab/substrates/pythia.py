@@ -88,10 +88,12 @@ class Pythia:
         corpora = list(self.cache.root.glob(f"{self.name}/corpus-*.safetensors"))
         if isinstance(cached, str) and corpora:
             return
+        hub = huggingface_hub.HfApi()
         with hub_errors(self.model_name):
-            huggingface_hub.HfApi().model_info(self.model_name, revision=revision, timeout=timeout)
-            for name in ("cais/wmdp", "Salesforce/wikitext"):
-                huggingface_hub.HfApi().dataset_info(name, timeout=timeout)
+            hub.model_info(self.model_name, revision=revision, timeout=timeout)
+        for name in ("cais/wmdp", "Salesforce/wikitext"):
+            with hub_errors(name):
+                hub.dataset_info(name, timeout=timeout)
 
     def fetch(self) -> None:
         """The model's files; damaged weights (the Hub's cache names them by SHA-256) once more."""
