@@ -16,11 +16,9 @@ from experiment import (
     CustomTrainer,
     checkpoint_due,
     direction_loss,
-    sharing,
     use_loss,
 )
 from lab.console import UserError
-from lab.grouping import GroupStatistics, group_statistics
 from lab.storage import randomness, read_tensors, write_tensors
 
 TERMS = ("fit", "l1", "l_dir", "l_use")
@@ -272,7 +270,7 @@ def test_a_held_gradient_turns_features_as_the_one_that_was_computed(small_confi
         trainer.sae.b_enc[:5] = -10.0  # silent
     fired_F = torch.arange(128) >= 5
     term = trainer.direction_term(fired_F)
-    assert float(term) == pytest.approx(float(trainer.state["l_dir"]))
+    assert term.item() == pytest.approx(trainer.state["l_dir"].item())
     gradient = torch.autograd.grad(term, trainer.sae.W_dec)[0]
     assert torch.equal(gradient, pull_FD * fired_F[:, None])
     assert torch.equal(trainer.state["pull_FD"], pull_FD)
@@ -369,7 +367,7 @@ def test_the_learning_rate_warms_up_and_decays(small_config):
     assert rates == pytest.approx([0.1, 1, 1, 1, 0.5, 0.05])
 
 
-# -- Groups and sharing ----------------------------------------------------------------------------
+# -- Groups ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("every", "expected"), [(20, [12, 20, 40, 60]), (50, [12, 50])])
@@ -385,28 +383,6 @@ def test_the_use_term_begins_with_the_first_grouping(small_config):
     _, before = run(config, steps=12)
     _, after = run(config, steps=13)
     assert before["l_use"] == 0 < after["l_use"]
-
-
-def test_a_group_that_never_fired_counts_as_even():
-    """Nothing is known of it: to call it wholly uneven would deny it what all even ones share."""
-    rows, use = torch.zeros(4, 8), torch.tensor([[1.0, 3.0, 0, 0], [3.0, 1.0, 0, 0]])
-    groups = torch.tensor([[0, 1], [2, 3]])
-    statistics = group_statistics(rows, use, torch.eye(8)[:4], groups)
-    assert statistics.evenness_G.tolist() == [1.0, 1.0]
-    share = sharing(statistics, -8.0, 0.7, 0.5, 2.0, 1.5)
-    assert share.use_G.tolist() == pytest.approx([0.7, 0.7])
-
-
-def test_sharing_by_hand():
-    """Four groups of own κ 1, 1, 4 and 9 at a limit of 2 · max(1, 2) = 4 and κ of random 2."""
-    statistics = GroupStatistics(
-        torch.zeros(4), evenness_G=torch.tensor([1.0, 0.2, 0.5, 0.1]),
-        kappa_G=torch.zeros(4), kappa_own_G=torch.tensor([1.0, 1.0, 5.0, 9.0]))
-    share = sharing(statistics, share_min=-8.0, share_max=0.8, share_even=0.5, kappa_max=2.0,
-                    kappa_random=2.0)
-    assert share.use_G.tolist() == pytest.approx([0.8, 0.32, 0.8, 0.16])
-    # beyond the limit by (κ − 4)/(4 − 2): half of share_min, and all of it
-    assert share.direction_G.tolist() == pytest.approx([0.8, 0.32, -4.0, -8.0])
 
 
 # -- New lives -------------------------------------------------------------------------------------
