@@ -89,21 +89,21 @@ def probe_sets(substrate: Substrate) -> Iterator[ProbeSet]:
 
 
 def read_probe_set(substrate: Substrate, name: str, rows: list) -> ProbeSet:
-    """Texts of a class in a fixed order, at most as many as a task has positives."""
+    """Texts of a class in a fixed order, at most as many as a task has positives. A row is (part,
+    class, text), and has the attribute as a fourth where there is one."""
     wanted = {"train": substrate.sizes.probe_train // 2, "test": substrate.sizes.probe_test // 2}
     chosen = []
-    for label in sorted({label for _, label, _ in rows}):
+    for label in sorted({row[1] for row in rows}):
         for part, most in wanted.items():
             texts = [row for row in rows if row[0] == part and row[1] == label]
             chosen += shuffled(texts, f"probe {SEED}")[:most]
-    texts = [text for _, _, text in chosen]
+    parts, labels, texts, *attributes = map(list, zip(*chosen))
     causes = (digest(texts), substrate.sizes.context_length, substrate.sink_norm,
               code_digest(text_residuals, LanguageModel, Substrate))
     kept = substrate.cached(f"probe-{name.replace('/', '_')}",
                             lambda: (text_residuals(substrate, texts, name), None), *causes)[0]
-    return ProbeSet(name, kept["acts"], kept["owner"], np.array([label for _, label, _ in chosen]),
-                    np.array([part for part, _, _ in chosen]),
-                    (*substrate.causes, *causes, digest(chosen)))
+    return ProbeSet(name, kept["acts"], kept["owner"], np.array(labels), np.array(parts),
+                    (*substrate.causes, *causes, digest(chosen)), *map(np.array, attributes))
 
 
 def text_residuals(substrate: Substrate, texts: list[str], name: str) -> dict[str, Tensor]:

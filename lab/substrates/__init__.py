@@ -153,7 +153,8 @@ class Substrate:
         tokens = {half: {name: int((contexts.domain_N == k).sum()) * self.sizes.context_length
                          for k, name in enumerate(self.domains)}
                   for half, contexts in halves.items()}
-        return {"sources": self.source.sources(), "documents": self.corpus["documents"],
+        sources = {**self.source.sources(), **self.corpus.get("sources", {})}
+        return {"sources": sources, "documents": self.corpus["documents"],
                 "tokens": tokens}
 
     @functools.cached_property

@@ -32,7 +32,6 @@ from lab.substrates.standin_texts import (
     DOMAINS,
     LEARN,
     UNSORTED,
-    by_kind,
     documents,
     largest_classes,
     school_biology,
@@ -40,7 +39,7 @@ from lab.substrates.standin_texts import (
     topics,
     written,
 )
-from lab.substrates.texts import Sizes, cloze_questions, divided, shuffled
+from lab.substrates.texts import Sizes, cloze_questions, halved, laid_out, shuffled
 
 
 def pip() -> list[str]:
@@ -163,19 +162,14 @@ class Standin:
 
     def corpus(self, sizes: Sizes) -> dict[str, Any]:
         """All text by half and domain, questions, probing sets, and how much there is of what."""
-        halves = [by_kind(half) for half in divided(documents(self.read), lambda one: one.text,
-                                                    lambda one: LEARN[one.kind])]
-        ask = halves[1]
+        halves = halved(documents(self.read), LEARN)
+        ask = halves["ask"]
         terms, leads = ([one.source for kind in kinds for one in ask[kind]]
                         for kinds in (("phenotypes",), ("leads", "biology leads")))
         words = {one.source: one.text for one in ask["dictionary"]}
         articles = [(one.source, one.text) for one in ask["news"]]
         return {
-            **{half: {domain: [written(one) for kind in kinds for one in halves[i][kind]]
-                      for domain, kinds in DOMAINS.items()}
-               for i, half in enumerate(("learn", "ask"))},
-            "documents": {half: {kind: len(halves[i][kind]) for kind in LEARN}
-                          for i, half in enumerate(("learn", "ask"))},
+            **laid_out(halves, DOMAINS, written),
             "questions": {
                 "forget": shuffled([*cloze_questions({t["name"]: t["definition"] for t in terms}),
                                     *titles(ask["biology leads"]), *school_biology(self.read)],

@@ -6,21 +6,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow
 
-from lab.substrates.texts import Question, cloze_questions, probe_rows
+from lab.substrates.texts import Document, Question, cloze_questions, probe_rows
 
 Read = Callable[[str, str], dict[str, bytes]]  # package, pattern → content of files by path
-
-
-class Document(NamedTuple):
-    """A text, what it was made of, and its kind."""
-
-    kind: str
-    text: str
-    source: Any
 
 
 LEARN = {  # part of a kind that is trained on: half where questions are made of it, none if unnamed
@@ -84,10 +76,6 @@ def is_biology(text: str) -> bool:
 DOMAINS = {"forget": ("phenotypes", "biology leads"),
            "retain": ("leads", "paragraphs", "how-to texts"),
            "news": ("news",), "dictionary": ("dictionary",)}
-
-
-def by_kind(items: list[Document]) -> dict[str, list[Document]]:
-    return {kind: [one for one in items if one.kind == kind] for kind in LEARN}
 
 
 def written(one: Document) -> str:

@@ -1,4 +1,4 @@
-"""Texts: domains, learn and ask halves, cloze questions."""
+"""Texts: documents, domains, learn and ask halves, cloze questions."""
 
 import hashlib
 import re
@@ -37,6 +37,14 @@ SIZES = {
                    frontier_contexts=4, guard_contexts=8, question_candidates=16, questions=5,
                    least_questions=2, probe_train=80, probe_test=40),
 }
+
+
+class Document(NamedTuple):
+    """A text, what it was made of, and its kind."""
+
+    kind: str
+    text: str
+    source: Any
 
 
 class Question(NamedTuple):
@@ -108,6 +116,33 @@ def divided(items: Sequence[Item], text: Callable[[Item], str],
     return halves
 
 
+Kinds = dict[str, list[Document]]  # documents by kind
+
+
+def halved(documents: Sequence[Document], learn: dict[str, float]) -> dict[str, Kinds]:
+    """The halves of all documents, divided at once: `learn` is the part of each kind that goes to
+    the learn half. Of a kind that is learnt whole, copies of what is asked are left out."""
+    halves: dict[str, Kinds] = {half: {kind: [] for kind in learn} for half in ("learn", "ask")}
+    parts = divided(documents, lambda one: one.text, lambda one: learn[one.kind])
+    for half, items in zip(halves, parts):
+        for one in items:
+            if half == "learn" or learn[one.kind] < 1:
+                halves[half][one.kind].append(one)
+    return halves
+
+
+def laid_out(halves: dict[str, Kinds], domains: dict[str, tuple[str, ...]],
+             written: Callable[[Document], str]) -> dict[str, Any]:
+    """Of a corpus the texts by half and domain, given the kinds of each domain, and `documents`:
+    how many there are by half and kind."""
+    return {
+        **{half: {domain: [written(one) for kind in kinds for one in parts[kind]]
+                  for domain, kinds in domains.items()} for half, parts in halves.items()},
+        "documents": {half: {kind: len(items) for kind, items in parts.items()}
+                      for half, parts in halves.items()},
+    }
+
+
 def distinct(items: Sequence[Item], text: Callable[[Item], str]) -> list[Item]:
     """The first of all items with the same text."""
     first: dict[str, Item] = {}
@@ -161,6 +196,25 @@ def cloze_questions(meanings: dict[str, str], lengths: tuple[int, int] = (30, 90
         options.insert(answer, name)
         questions.append(Question(f"Definition: {meaning}\nTerm:", "Term:", options, answer))
     return questions
+
+
+COUNT = "(all|none|any|both|either|neither|some|most|more than one|one|two|three)( of)?"
+ABOUT_OPTIONS = re.compile("|".join((  # of normalised options
+    r"(all|none|both|either|neither)$",
+    rf"{COUNT} (these|those|them|((the|these|those) )?((first|two|three|four) )?above)\b",
+    rf"{COUNT} (the|these|those|three|four) ((other|given|listed|two|three|four) )*"
+    r"(others?|options?|answers?|choices?|statements?|foregoing|preceding)\b",
+    r".*\b(the above|(options?|answers?|choices?) [a-e])\b",
+    r"only [a-e]$|[a-e] only$",
+    r"((only|both|either|neither) )?[a-e]( (and|or|nor|but|not|[a-e]))* [a-e]\b"
+    r"( (only|both|alone|are|is|correct|true|right|false))*$",
+)))
+
+
+def is_about_options(option: str) -> bool:
+    """Whether it speaks of the other options, such as "All of the above" or "Both A and B", and
+    so means nothing where an option is scored by itself."""
+    return ABOUT_OPTIONS.match(normalised(option)) is not None
 
 
 def pack_contexts(documents: list[list[int]], separator: int, length: int) -> Tensor:
