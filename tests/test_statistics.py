@@ -1,4 +1,4 @@
-"""Means, errors, hulls and areas by hand; which results may be compared."""
+"""Means, errors and hulls by hand; which results may be compared."""
 
 import math
 
@@ -7,16 +7,10 @@ import pytest
 
 from lab.results.statistics import (
     COMPARABLE,
-    accuracy_area,
     comparability,
     concave_envelope,
     differences,
-    frontier_area,
-    interval,
     mean_stderr,
-    official_score,
-    resampled,
-    unlearning_area,
 )
 
 
@@ -50,58 +44,6 @@ def test_concave_envelope_is_the_best_mixture_of_two_settings():
         mixtures += [g + (at - c) / (c2 - c) * (g2 - g) for c, g in points for c2, g2 in points
                      if c <= at < c2]
         assert height == pytest.approx(max(mixtures))
-
-
-def test_frontier_area_by_hand():
-    assert frontier_area(np.array([0.3]), np.array([3.0]), 0.3) == pytest.approx(1.5)
-    assert frontier_area(np.array([0.15]), np.array([3.0]), 0.3) == pytest.approx(2.25, rel=1e-3)
-    assert frontier_area(np.array([0.6]), np.array([3.0]), 0.3) == pytest.approx(0.75)
-
-
-def test_a_rise_on_the_text_that_no_label_named_counts_as_cost():
-    forget, retain = np.full((1, 4), 3.0), np.full((1, 4), 0.0)
-    assert unlearning_area(forget, retain) == pytest.approx(3.0)
-    assert unlearning_area(forget, retain, np.full((1, 2), 0.3)) == pytest.approx(1.5)
-    assert unlearning_area(forget, np.full((1, 4), 0.3), np.zeros((1, 2))) == pytest.approx(1.5)
-    assert unlearning_area(forget, retain, np.zeros((1, 0))) == pytest.approx(3.0)
-
-
-def replies(*accuracies):
-    """100 questions a setting, as many right ones as the accuracy says."""
-    return np.arange(100) < 100 * np.array(accuracies)[:, None]
-
-
-def test_official_score_by_hand():
-    """1 − the least forget accuracy among settings that keep 99 %; a setting at 98 % has no say."""
-    assert official_score(replies(0.2, 0.5, 0.9), replies(0.98, 0.99, 1.0)) == pytest.approx(0.5)
-    assert official_score(replies(0.2, 0.5, 0.9), replies(0.5, 0.5, 0.5)) == 0.0
-
-
-def test_accuracy_area_by_hand():
-    """One setting that costs 2 % and forgets half: up to 2 % a triangle, then level."""
-    expected = (0.02 * 0.25 + 0.03 * 0.5) / 0.05
-    assert accuracy_area(replies(0.5), replies(0.98)) == pytest.approx(expected, rel=1e-3)
-
-
-def test_bootstrap_covers_the_mean_and_narrows_with_more_texts():
-    few, many = (np.random.default_rng(1).normal(2, 1, (1, n)) for n in (10, 1000))
-    low, high = interval(resampled(lambda part: float(part.mean()), few))
-    assert low < float(few.mean()) < high
-    narrow = interval(resampled(lambda part: float(part.mean()), many))
-    assert narrow[1] - narrow[0] < 0.3 * (high - low)
-    assert narrow[1] - narrow[0] == pytest.approx(2 * 1.96 / math.sqrt(1000), rel=0.2)
-
-
-def test_bootstrap_draws_the_same_texts_for_all_settings():
-    """The difference of two settings that differ by a constant has no sampling error."""
-    rise = np.random.default_rng(1).normal(2, 1, (1, 50))
-    both = np.concatenate([rise, rise + 3])
-    draws = resampled(lambda part: float(part[1].mean() - part[0].mean()), both)
-    assert draws.tolist() == pytest.approx([3.0] * len(draws))
-
-
-def test_interval_is_the_middle_95_percent():
-    assert interval(np.arange(1001.0)) == pytest.approx([25.0, 975.0])
 
 
 RESULT = {"substrate": "standin", "budget": "full",

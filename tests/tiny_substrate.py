@@ -19,7 +19,7 @@ QUESTIONS = [
     (Question("Definition: short\nTerm:", "Term:", ["a", "b c", "d", "e f g h"], 1), RETAIN),
 ]
 SIZES = dict(context_length=16, learn_tokens=1600, heldout_contexts=8, frontier_contexts=4,
-             question_candidates=12, questions=5, least_questions=1)
+             guard_contexts=12, question_candidates=12, questions=5, least_questions=1)
 
 
 class WordTokenizer:
@@ -54,11 +54,14 @@ def language_model():
 class TinySource:
     name = model_name = "tiny"
     loadable_name = dataset_path = None
-    text = "random words"
+    text, unnamed = "random words", ("other",)
     layer, d_in, fingerprint = 1, WIDTH, "0"
 
     def __init__(self, probes=None, questions=()):
         self.probes, self.questions = probes or {}, questions
+
+    def sources(self):
+        return {"words": self.text}
 
     def load_model(self, dtype):
         return random_model().to(dtype), WordTokenizer()
@@ -74,7 +77,9 @@ class TinySource:
                   for half in ("learn", "ask")}
         questions = {name: [question for question, domain in self.questions if domain == k]
                      for k, name in enumerate(("forget", "retain"))}
-        return {**halves, "questions": questions, "skipped": {},
+        counts = {half: {name: len(part) for name, part in parts.items()}
+                  for half, parts in halves.items()}
+        return {**halves, "questions": questions, "skipped": {}, "documents": counts,
                 "probes": {name: {"rows": rows} for name, rows in self.probes.items()}}
 
 

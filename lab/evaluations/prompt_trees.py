@@ -157,6 +157,11 @@ class Questions(PromptTrees):
         """Which question a token is of."""
         return self.branch_N // (2 * BRANCHES)
 
+    @property
+    def is_empty_N(self) -> Tensor:
+        """Whether a token is of the tree of the empty prompt."""
+        return self.branch_N // BRANCHES % 2 == 1
+
     @classmethod
     def from_text(cls, questions: list[tuple[Question, int]], lm: LanguageModel) -> "Questions":
         """Tokenise and lay out (question, domain) pairs, read residuals, answer unmodified."""

@@ -17,12 +17,7 @@ from lab.results.frontier import (
     RETAINED,
     SAE_BENCH_SIZE,
     crossfitted,
-    hull_weights,
     interval,
-    mean_cost,
-    mean_gain,
-    text_tables,
-    variants,
 )
 from lab.sparse import ExportedSAE
 from lab.storage import randomness
@@ -33,7 +28,8 @@ SET_SIZES = (10, 20, 50, 100)  # features clamped
 OFFICIAL_MULTIPLIERS = (2.0, 8.0, 32.0)  # under which all sets of SAEBench's sizes are asked
 MULTIPLIERS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # clamp value, in mean activations of a feature
 QUANTILES = (0.5, 0.9, 0.99)  # of the share of tokens with a chosen feature, on learn retain text
-COSTS = (0.01, 0.05, 0.1)  # nats at which the frontier is reported
+SPARE = 2.0  # times what the frontier affords: from there on larger multipliers are not measured
+AREAS = ("unlearning_area", "unlearning_area_static", "unlearning_area_sae_bench")
 
 
 class FeatureStatistics(NamedTuple):
@@ -153,8 +149,8 @@ def measure(sae: ExportedSAE, heldout: HeldOut, chosen: FeatureSet) -> Measured:
     """Rises of all frontier contexts under static clamps, as far as anything can afford them.
 
     A dynamic clamp's rise is the static one's where the context's share is above the limit, and 0
-    elsewhere: it needs no forward pass. Costs grow with the multiplier. So contexts that only
-    variants beyond the frontier's end would clamp are not run any more.
+    elsewhere: it needs no forward pass. Costs grow with the multiplier, if not strictly. So
+    contexts that only variants far beyond the frontier's end would clamp are not run any more.
     """
     domain_R = heldout.domain_R.numpy()
     x, keep = heldout["x"][heldout["rows"]], heldout["keep"][heldout["rows"]]
@@ -174,39 +170,48 @@ def measure(sae: ExportedSAE, heldout: HeldOut, chosen: FeatureSet) -> Measured:
 
 def affordable(rise_R: np.ndarray, share_R: np.ndarray, limit: float,
                domain_R: np.ndarray) -> bool:
-    """Whether a variant's cost is within the frontier on either half of the contexts."""
+    """Whether a variant's cost is within SPARE times the frontier's on either half of contexts."""
     variant_R = np.where(share_R > limit, rise_R, 0.0)
-    kept = [variant_R[domain_R == k] for k in np.unique(domain_R) if k != FORGET]
-    return any(max(part[half::2].mean() for part in kept) <= COST_GRID[-1] for half in (0, 1))
+    kept = [part for k in np.unique(domain_R) if k != FORGET
+            if len(part := variant_R[domain_R == k]) > 1]
+    return any(max((part[half::2].mean() for part in kept), default=0.0) <= SPARE * COST_GRID[-1]
+               for half in (0, 1))
 
 
 def answers(sae: ExportedSAE, heldout: HeldOut, chosen: FeatureSet, multiplier: float,
             limit: float) -> tuple[Tensor, bool]:
     """Right answers [Q] under a static or dynamic clamp, and whether all was asked.
 
+    Questions of which nothing is touched keep their right answer: the filter let no other through.
     Retain questions come first, the ones answered by the least margin before the others. Asking
-    ends as soon as more answers are lost than any summary admits.
+    ends as soon as more answers are lost, of either half of them, than any summary admits.
     """
     questions, _ = heldout.asked
-    keep_N = heldout.substrate.is_plain(questions.x_ND)
-    fires_N = fires(sae, chosen.features, questions.x_ND, keep_N)
+    x_ND, touched_N = clamped(sae, heldout, Clamp(chosen.features, -multiplier * chosen.size_F),
+                              questions)
     owner_N, n = questions.owner_N, len(questions)
-    share_Q = (torch.bincount(owner_N[fires_N], minlength=n)
-               / torch.bincount(owner_N, minlength=n).clamp(min=1))
-    clamp = Clamp(chosen.features, -multiplier * chosen.size_F)
-    x_ND, touched_N = clamped(sae, heldout, clamp, questions)
-    touched_N &= (share_Q > limit)[owner_N]
-    right_Q = torch.ones(n, dtype=torch.bool)  # the filter's meaning
-    order = questions.margins().argsort()
-    most_lost = (1 - RETAINED) * int((questions.domain_Q == RETAIN).sum())
+    touched_N &= (shares(sae, heldout, chosen.features) > limit)[owner_N]
+    touched_Q = torch.bincount(owner_N[touched_N], minlength=n) > 0
+    right_Q = torch.ones(n, dtype=torch.bool)
+    order, retain = questions.margins().argsort(), (questions.domain_Q == RETAIN).nonzero()[:, 0]
     for domain, at_once in ((RETAIN, 20), (FORGET, max(1, n))):
         for part in order[questions.domain_Q[order] == domain].split(at_once):
             here_N = touched_N & torch.isin(owner_N, part)
             log_prob_S = questions.log_probs(heldout.substrate.lm, x_ND, here_N)
-            right_Q[part] = questions.right(log_prob_S)[part]
-            if int((~right_Q[questions.domain_Q == RETAIN]).sum()) > most_lost:
+            right_Q[part] = (questions.right(log_prob_S) | ~touched_Q)[part]
+            lost = (~right_Q[retain]).double()
+            if len(lost) > 1 and min(lost[half::2].mean() for half in (0, 1)) > 1 - RETAINED:
                 return right_Q, False
     return right_Q, True
+
+
+def shares(sae: ExportedSAE, heldout: HeldOut, features: Tensor) -> Tensor:
+    """By question [Q]: of the tokens of prompt and options, those with a chosen feature."""
+    questions, _ = heldout.asked
+    fires_N = fires(sae, features, questions.x_ND, heldout.substrate.is_plain(questions.x_ND))
+    fired_Q, all_Q = (torch.bincount(questions.owner_N[among_N], minlength=len(questions))
+                      for among_N in (fires_N & ~questions.is_empty_N, ~questions.is_empty_N))
+    return fired_Q / all_Q.clamp(min=1)
 
 
 def evaluate_unlearning(sae: ExportedSAE, heldout: HeldOut, statistics: FeatureStatistics,
@@ -216,16 +221,16 @@ def evaluate_unlearning(sae: ExportedSAE, heldout: HeldOut, statistics: FeatureS
     A chosen feature that is active is set to −multiplier times its mean activation on the forget
     tokens on which it fires. Settings: THRESHOLDS × SET_SIZES × MULTIPLIERS × limits. A static
     clamp acts on every context. A dynamic one leaves a context alone unless the share of its tokens
-    with a chosen feature is above a limit from learn retain text. Primary number: `area` in nats,
-    higher is better: the forget cross-entropy rise over costs from 0 to FRONTIER_END, chosen on one
-    half of the contexts and judged on the other (`crossfitted`). A setting's cost is its largest
-    rise over retain text and every unnamed text: telling the labelled texts apart by anything but
-    their subject must not pay. Rises beyond those of a model that knows nothing at the hook do not
-    count. Limit: cross-entropy may rise because output is disturbed rather than because knowledge
-    is gone. The questions are the check on that.
+    with a chosen feature is above a limit from learn retain text. Primary number: `unlearning_area`
+    in nats, higher is better: the forget cross-entropy rise over costs from 0 to FRONTIER_END,
+    chosen on one half of the contexts and judged on the other (`crossfitted`). A setting's cost is
+    its largest rise over retain text and every unnamed text: telling the labelled texts apart by
+    anything but their subject must not pay. In no context do rises count beyond that of a model
+    that knows nothing at the hook. Limit: cross-entropy may rise because output is disturbed rather
+    than because knowledge is gone. The questions are the check on that.
     """
-    sets, control = feature_sets(sae, heldout, statistics), control_set(sae, heldout, statistics,
-                                                                      seed)
+    sets = feature_sets(sae, heldout, statistics)
+    control = control_set(sae, heldout, statistics, seed)
     return {**clamp_and_ask(sae, heldout, sets),
             "control": mean_rises(numbers(heldout, control, measure(sae, heldout, control))),
             "frequency_tokens": dict(zip(NAMED, statistics.tokens_K)),
@@ -235,31 +240,40 @@ def evaluate_unlearning(sae: ExportedSAE, heldout: HeldOut, statistics: FeatureS
 
 def clamp_and_ask(sae: ExportedSAE, heldout: HeldOut, sets: list[FeatureSet]) -> dict[str, Any]:
     """Rises of every set, then answers under the settings that the frontiers use."""
+    kinds = kinds_of(heldout)
     measured = [numbers(heldout, one, measure(sae, heldout, one))
                 for one in progress(sets, "unlearning, feature sets")]
-    blank_R = (heldout["blank"] - heldout["base"]).mean(1)[heldout.domain_R == FORGET]
-    part = {"sets": measured, "reference_rise": np.round(blank_R.numpy(), 4).tolist()}
+    part = {"contexts": {name: int(of.sum()) for name, of in kinds.items()}, "sets": measured,
+            "reference_rise": []}
+    if NAMED[FORGET] in kinds:
+        blank_R = (heldout["blank"] - heldout["base"]).mean(1).numpy()[kinds[NAMED[FORGET]]]
+        part["reference_rise"] = np.round(blank_R, 4).tolist()
     asked = [ask(sae, heldout, sets[s], s, m, i)
              for s, m, i in progress(worth_asking(part, sets), "unlearning, questions")]
     part |= {"asked": asked, "counts": heldout.asked[1]}
-    return {**part, **summarize(part, heldout)}
+    return {**part, **summarize(part, heldout.substrate.sizes.least_questions)}
+
+
+def kinds_of(heldout: HeldOut) -> dict[str, np.ndarray]:
+    """The frontier contexts of each kind of text, bool [R]; of kinds with one for each half."""
+    kinds = {name: (heldout.domain_R == k).numpy()
+             for k, name in enumerate(heldout.substrate.domains)}
+    return {name: of for name, of in kinds.items() if of.sum() > 1}
+
+
+def has_texts(part: dict[str, Any]) -> bool:
+    """Whether there are forget and retain contexts, without which no area is defined."""
+    return set(NAMED) <= set(part["contexts"])
 
 
 def worth_asking(part: dict[str, Any], sets: list[FeatureSet]) -> list[tuple[int, int, int]]:
     """Settings that a frontier of texts uses, and SAEBench's; (set, multiplier, limit)."""
-    wanted = {(s, MULTIPLIERS.index(multiplier), 0) for s, one in enumerate(sets)
-              if one.n_features <= SAE_BENCH_SIZE for multiplier in OFFICIAL_MULTIPLIERS}
-    for largest, dynamic in ((SAE_BENCH_SIZE, False), (max(SET_SIZES), False),
-                             (max(SET_SIZES), True)):
-        labels = variants(part["sets"], largest, dynamic).labels
-        used_S = policy(text_tables(part, largest, dynamic)).any(0)
+    wanted = {(s, m, 0) for s, one in enumerate(sets) if one.n_features <= SAE_BENCH_SIZE
+              for m, multiplier in enumerate(MULTIPLIERS) if multiplier in OFFICIAL_MULTIPLIERS}
+    for metric in (METRICS[name] for name in AREAS if has_texts(part)):
+        labels, used_S = metric.variants(part).labels, metric.policy(part).any(0)
         wanted |= {labels[i] for i in used_S.nonzero()[0]}
     return sorted(wanted)
-
-
-def policy(tables: list[np.ndarray]) -> np.ndarray:
-    """The best mixture of settings at each cost by all texts, [len(COST_GRID), S]."""
-    return hull_weights(mean_cost(tables[1:]), mean_gain(tables[0]), COST_GRID)
 
 
 def ask(sae: ExportedSAE, heldout: HeldOut, chosen: FeatureSet, s: int, m: int,
@@ -295,13 +309,14 @@ def matched_features(rate_KF: Tensor, chosen: Tensor, seed: int) -> Tensor:
 
 
 def numbers(heldout: HeldOut, chosen: FeatureSet, measured: Measured) -> dict[str, Any]:
-    """What a result keeps of a set: enough to compute every area anew, also on other texts."""
-    domain_R = heldout.domain_R.numpy()
-    kinds = {name: domain_R == k for k, name in enumerate(heldout.substrate.domains)}
+    """What a result keeps of a set: enough to compute every area anew, also on other texts.
+
+    Shares are whole: rounded, one could be above a limit that it equals.
+    """
+    kinds = kinds_of(heldout)
     return {"threshold": chosen.threshold, "n_features": chosen.n_features,
             "n_selected": len(chosen.features), "limits": list(chosen.limits),
-            "share": {name: np.round(measured.share_R[of], 4).tolist()
-                      for name, of in kinds.items()},
+            "share": {name: measured.share_R[of].tolist() for name, of in kinds.items()},
             "rise": {name: np.round(measured.rise_MR[:, of], 4).tolist()
                      for name, of in kinds.items()}}
 
@@ -317,24 +332,25 @@ def mean_rises(one: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def summarize(part: dict[str, Any], heldout: HeldOut) -> dict[str, Any]:
-    """All areas and scores with 95 % intervals over texts or questions, the frontier, coverage."""
-    least = heldout.substrate.sizes.least_questions
+def summarize(part: dict[str, Any], least: int) -> dict[str, Any]:
+    """All areas and scores with 95 % intervals over texts or questions, the frontier, coverage.
+
+    Of texts that are not there, and of fewer than `least` questions, they are None.
+    """
     few = [f"{count['kept']} {name} questions" for name, count in part["counts"].items()
-           if count["kept"] < least]
-    reason = f"undefined: {' and '.join(few)}, fewer than {least}" if few else None
+           if count["kept"] < max(2, least)]
+    reason = f"undefined: {' and '.join(few)}, fewer than {max(2, least)}" if few else None
+    sound = {"texts": has_texts(part), "answers": not reason}
     result: dict[str, Any] = {"settings": [row for one in part["sets"] for row in mean_rises(one)],
                               "score_reason": reason}
     for name, metric in METRICS.items():
-        tables = metric.tables(part)
-        sound = metric.of == "texts" or not reason
-        result[name] = metric.statistic(*tables) if sound else None
-        result[f"{name}_interval"] = interval(metric.statistic, tables) if sound else None
-    tables = text_tables(part, max(SET_SIZES), True)
-    curve = crossfitted(*tables)
-    weight_GS = policy(tables)
-    return {**result, "frontier": {"cost": COST_GRID.tolist(), "forget_rise": curve.tolist()},
-            **{f"forget_rise_at_{cost}": float(np.interp(cost, COST_GRID, curve))
-               for cost in COSTS},
-            "coverage": {kind: float((weight_GS @ covered).mean()) for kind, covered in
-                         variants(part["sets"], max(SET_SIZES), True).coverage.items()}}
+        result |= {name: None, f"{name}_interval": None}
+        if sound[metric.of]:
+            tables = metric.tables(part)
+            result |= {name: metric.statistic(*tables),
+                       f"{name}_interval": interval(metric.statistic, tables)}
+    if sound["texts"]:
+        curve = crossfitted(*METRICS["unlearning_area"].tables(part))
+        result["frontier"] = {"cost": COST_GRID.tolist(), "forget_rise": curve.tolist()}
+    return {**result, "coverage": {name: METRICS[name].coverage(part)
+                                   for name in AREAS if sound["texts"]}}

@@ -13,6 +13,7 @@ from lab.sparse import ExportedSAE
 
 # Parts of retain tokens on which a direction fires: as many as an SAE has sets of features.
 RATES = (0.0003, 0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1)
+PROBE_TOKENS = 20_000  # of each text, at most, from which the logistic regression is learned
 
 
 def evaluate_directions(heldout: HeldOut, samples: list[Tensor]) -> dict[str, dict[str, Any]]:
@@ -42,8 +43,8 @@ def mean_difference(forget_ND: Tensor, retain_ND: Tensor) -> Tensor:
 
 def logistic_regression(forget_ND: Tensor, retain_ND: Tensor) -> Tensor:
     """The direction [D] of a logistic regression on standardised residuals."""
-    x = torch.cat([forget_ND, retain_ND]).numpy()
-    y = [True] * len(forget_ND) + [False] * len(retain_ND)
+    parts = forget_ND[:PROBE_TOKENS], retain_ND[:PROBE_TOKENS]
+    x, y = torch.cat(parts).numpy(), [True] * len(parts[0]) + [False] * len(parts[1])
     scaler = StandardScaler()
     probe = LogisticRegression(C=1.0, max_iter=1000).fit(scaler.fit_transform(x), y)
     return torch.from_numpy(probe.coef_[0] / scaler.scale_).float()

@@ -21,7 +21,6 @@ import torch
 from lab.console import Clock, UserError, report
 from lab.evaluations import Evaluated
 from lab.evaluations.probing import K_VALUES, SEED, TEXTS_AT_ONCE, TOKENS_AT_ONCE
-from lab.evaluations.unlearning import COSTS
 from lab.results.checksum import is_unaltered, result_checksum
 from lab.results.exports import sae_cfg_dict
 from lab.results.frontier import METRICS, redraw
@@ -30,6 +29,7 @@ from lab.storage import digest, laboratory_digest
 from lab.substrates import Substrate
 
 REFERENCES = ("run_7", "run_8")  # the fixed and the vanilla SAE, with which runs are compared
+SAMPLES = ("sets", "asked", "reference_rise")  # numbers by context and answers by question
 Info = dict[str, Any]
 
 
@@ -87,9 +87,9 @@ def flat_metrics(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, float | No
     flat |= {key: value for key, value in parts["separation"].items()
              if key not in ("details", "skipped")}
     unlearning = parts["unlearning"]
-    flat |= {key: unlearning[key] for key in (*METRICS, *(f"forget_rise_at_{cost}"
-                                                          for cost in COSTS))}
-    return flat | {f"coverage_{name}": part for name, part in unlearning["coverage"].items()}
+    covered = unlearning["coverage"].get("unlearning_area", {})
+    return flat | {name: unlearning[name] for name in METRICS} | {
+        f"coverage_{kind}": part for kind, part in covered.items()}
 
 
 def means_and_stderrs(rows: list[dict[str, float | None]]) -> tuple[dict, dict]:
@@ -276,7 +276,8 @@ def collect(run: str, budget: str, config: Info, evaluated: Evaluated,
         "seeds": [{"seed": seed, **row} for seed, row in zip(results, rows)],
         **{part: {"per_seed": [parts[part] for parts in results.values()]}
            for part in ("reconstruction", "conditioning", "separation", "unlearning")},
-        "yardstick": evaluated.yardstick,
+        "yardstick": {name: {key: value for key, value in part.items() if key not in SAMPLES}
+                      for name, part in evaluated.yardstick.items()},
         "skipped": {**substrate.corpus["skipped"], **probing[0]["skipped"]},
         "environment": environment(substrate),
     }

@@ -1,15 +1,19 @@
 """The forget/retain frontier, in numpy alone: what is gained at which cost, chosen and judged on
 different texts."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-FRONTIER_END = 0.3  # nats of cost up to which a frontier's area is taken
-RETAINED = 0.95  # retain accuracy below which a setting costs too much to be asked about
-COST_GRID = np.linspace(0, FRONTIER_END, 31)
-UNMEASURED = 1e3  # nats: in the place of a rise that was not measured, since nothing affords it
+from lab.results.statistics import FRONTIER_END
+
+RETAINED = 0.95  # retain accuracy below which a setting costs too much
+GUESSED = 0.75  # of the answers, what is lost where four options are guessed between
+COST_GRID = np.linspace(0, FRONTIER_END, 61)
+ANSWER_GRID = np.linspace(0, 1 - RETAINED, 61)
+COSTS = (0.01, 0.05, 0.1)  # nats at which the frontier is reported
 
 
 def hull_weights(cost_S: np.ndarray, gain_S: np.ndarray, grid: np.ndarray) -> np.ndarray:
@@ -20,12 +24,12 @@ def hull_weights(cost_S: np.ndarray, gain_S: np.ndarray, grid: np.ndarray) -> np
     random. Only settings that the largest cost of `grid` affords are mixed. Costs below zero
     count as zero.
     """
+    nothing = len(cost_S)
     cost_S = np.maximum(cost_S, 0.0)
-    points = [(0.0, 0.0, -1)]
-    points += [(float(cost_S[i]), float(gain_S[i]), int(i))
-               for i in np.flatnonzero(cost_S <= grid[-1])]
+    points = [(float(cost_S[i]), float(gain_S[i]), int(i))
+              for i in np.flatnonzero(cost_S <= grid[-1])]
     hull: list[tuple[float, float, int]] = []
-    for point in sorted(points):
+    for point in sorted([*points, (0.0, 0.0, nothing)]):
         while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (point[0] - hull[-2][0]) <= (
             point[1] - hull[-2][1]) * (hull[-1][0] - hull[-2][0]):
             hull.pop()
@@ -33,18 +37,12 @@ def hull_weights(cost_S: np.ndarray, gain_S: np.ndarray, grid: np.ndarray) -> np
             hull.pop()
         if not hull or point[1] > hull[-1][1]:
             hull.append(point)
-    weight_GS = np.zeros((len(grid), len(cost_S)))
+    weight_GS = np.zeros((len(grid), nothing))
     costs = [cost for cost, _, _ in hull]
     for k, (_, _, i) in enumerate(hull):
-        if i >= 0:
+        if i != nothing:
             weight_GS[:, i] = np.interp(grid, costs, np.eye(len(hull))[k])
     return weight_GS
-
-
-def mean_gain(gain_SR: np.ndarray) -> np.ndarray:
-    """Mean over texts by setting, at most that of the last row: what knowing nothing costs."""
-    mean = gain_SR.mean(1)
-    return np.minimum(mean[:-1], mean[-1])
 
 
 def mean_cost(kept: Sequence[np.ndarray]) -> np.ndarray:
@@ -52,21 +50,24 @@ def mean_cost(kept: Sequence[np.ndarray]) -> np.ndarray:
     return np.max([part.mean(1) for part in kept], axis=0)
 
 
-def crossfitted(gain_SR: np.ndarray, *kept: np.ndarray, grid: np.ndarray = COST_GRID) -> np.ndarray:
+def crossfitted(gain_SR: np.ndarray, *kept: np.ndarray, grid: np.ndarray = COST_GRID,
+                most: float = np.inf) -> np.ndarray:
     """Gain at each cost of `grid` by settings that are chosen on one half of the texts and judged
     on the other, mean of both ways.
 
-    Each array holds a number by setting and text; texts of even and odd place are the halves. The
-    last row of `gain_SR` is the reference beyond which gains do not count. What costs more on the
-    judging half than was planned is mixed with doing nothing until it does not.
+    Each array holds a number by setting and text; texts of even and odd place are the halves. What
+    is chosen is a path: the best mixture at each planned cost. Both its costs and its gains are the
+    judging half's: one goes along it until that much is spent there, and no further than its end.
+    A setting's mean gain counts up to `most`.
     """
     gains = []
     for chosen, judged in ((0, 1), (1, 0)):
         weight_GS = hull_weights(mean_cost([part[:, chosen::2] for part in kept]),
-                                 mean_gain(gain_SR[:, chosen::2]), grid)
-        gain = weight_GS @ mean_gain(gain_SR[:, judged::2])
-        cost = np.max([weight_GS @ part[:, judged::2].mean(1) for part in kept], axis=0)
-        gains.append(gain * np.minimum(1.0, grid / np.maximum(cost, 1e-12)))
+                                 np.minimum(gain_SR[:, chosen::2].mean(1), most), grid)
+        gain_G = weight_GS @ np.minimum(gain_SR[:, judged::2].mean(1), most)
+        cost_G = np.max([weight_GS @ part[:, judged::2].mean(1) for part in kept], axis=0)
+        spent_G = np.maximum.accumulate(np.maximum(cost_G, 0.0))
+        gains.append(np.interp(grid, [0.0, *spent_G], [0.0, *gain_G]))
     return np.mean(gains, axis=0)
 
 
@@ -80,16 +81,21 @@ def unlearning_area(gain_SR: np.ndarray, *kept: np.ndarray) -> float:
     return area(crossfitted(gain_SR, *kept), COST_GRID)
 
 
-def accuracy_area(gain_SQ: np.ndarray, *kept: np.ndarray) -> float:
-    """The same of answers lost, over retain answers lost from 0 to 1 − RETAINED."""
-    grid = np.linspace(0, 1 - RETAINED, 31)
-    return area(crossfitted(gain_SQ, *kept, grid=grid), grid)
+def forget_rise(gain_SR: np.ndarray, *kept: np.ndarray, cost: float) -> float:
+    """`crossfitted` at one cost, in nats."""
+    return float(np.interp(cost, COST_GRID, crossfitted(gain_SR, *kept)))
+
+
+def accuracy_area(gain_SQ: np.ndarray, kept_SQ: np.ndarray) -> float:
+    """The same of answers lost, over retain answers lost from 0 to 1 − RETAINED; no setting takes
+    more than guessing does."""
+    return area(crossfitted(gain_SQ, kept_SQ, grid=ANSWER_GRID, most=GUESSED), ANSWER_GRID)
 
 
 def official_score(gain_SQ: np.ndarray, kept_SQ: np.ndarray) -> float:
     """SAEBench: 1 − the least forget accuracy among settings with retain accuracy ≥ 0.99; 0 if
-    none. From answers lost; the reference in the last row of `gain_SQ` does not count."""
-    allowed = gain_SQ[:-1].mean(1)[kept_SQ.mean(1) <= 0.01]
+    none. From answers lost."""
+    allowed = gain_SQ.mean(1)[kept_SQ.mean(1) <= 0.01]
     return float(allowed.max()) if len(allowed) else 0.0
 
 
@@ -109,81 +115,107 @@ class Variants(NamedTuple):
     coverage: dict[str, np.ndarray]  # part of tokens with a chosen feature in clamped contexts
 
 
-def variants(sets: Sequence[Mapping[str, Any]], largest: int, dynamic: bool) -> Variants:
+def variants(part: Mapping[str, Any], largest: int, dynamic: bool) -> Variants:
     """All settings of feature sets of at most `largest` features, as an evaluation keeps them.
 
-    A set holds `n_features`, `limits` (the first is below every share), and by kind of text `share`
-    by context and `rise` by multiplier and context, null where it was not measured. A context whose
-    share is not above the limit is left alone: its rise is 0.
+    `part` holds `contexts`, their number by kind of text, and `sets`. A set holds `n_features`,
+    `limits` (the first is below every share), and by kind of text `share` by context and `rise` by
+    multiplier and context. A context whose share is not above the limit is left alone: its rise is
+    0. Settings that clamp a context whose rise was not measured (null) are left out.
     """
-    labels, rises, coverage = [], {}, {}
-    for s, one in enumerate(sets):
-        limits = one["limits"] if dynamic else one["limits"][:1]
-        if one["n_features"] <= largest:
-            for kind, rise in one["rise"].items():
-                rise_MR = np.array(rise, dtype=float)
-                instead = 0.0 if kind == "forget" else UNMEASURED
-                rise_MR = np.where(np.isfinite(rise_MR), rise_MR, instead)
-                share_R = np.array(one["share"][kind], dtype=float)
-                for limit in limits:
-                    clamped_R = share_R > limit
-                    rises.setdefault(kind, []).append(np.where(clamped_R, rise_MR, 0.0))
-                    coverage.setdefault(kind, []).append(
-                        np.full(len(rise_MR), (share_R * clamped_R).mean()))
-            n_multipliers = len(next(iter(one["rise"].values())))
-            labels += [(s, m, i) for i in range(len(limits)) for m in range(n_multipliers)]
+    labels: list[tuple[int, int, int]] = []
+    rises = {kind: [np.zeros((0, n))] for kind, n in part["contexts"].items()}
+    coverage = {kind: [np.zeros(0)] for kind in rises}
+    for s, one in enumerate(part["sets"]):
+        if one["n_features"] > largest:
+            continue
+        share = {kind: np.array(one["share"][kind], dtype=float) for kind in rises}
+        rise = {kind: np.array(one["rise"][kind], dtype=float) for kind in rises}
+        for i, limit in enumerate(one["limits"] if dynamic else one["limits"][:1]):
+            done = {kind: np.where(share[kind] > limit, rise[kind], 0.0) for kind in rises}
+            whole_M = np.all([np.isfinite(done[kind]).all(1) for kind in rises], axis=0)
+            labels += [(s, int(m), i) for m in np.flatnonzero(whole_M)]
+            for kind in rises:
+                rises[kind].append(done[kind][whole_M])
+                covered = (share[kind] * (share[kind] > limit)).mean()
+                coverage[kind].append(np.full(whole_M.sum(), covered))
     return Variants(labels, *({kind: np.concatenate(parts) for kind, parts in table.items()}
                               for table in (rises, coverage)))
 
 
 def text_tables(part: Mapping[str, Any], largest: int, dynamic: bool,
                 labelled: bool = False) -> list[np.ndarray]:
-    """Forget rises with the reference in the last row, then the rises of each text to be kept; of
-    retain text alone if `labelled`."""
-    rises = variants(part["sets"], largest, dynamic).rises
-    reference = np.array(part["reference_rise"], dtype=float)[None]
-    if not rises:
-        return [reference, np.zeros((0, 2))]
+    """Forget rises, then the rises of each text to be kept; of retain text alone if `labelled`.
+
+    In no context do forget rises count beyond `reference_rise`, that of a model which knows nothing
+    of it.
+    """
+    rises = variants(part, largest, dynamic).rises
+    most_R = np.maximum(np.array(part["reference_rise"], dtype=float), 0.0)
     kept = [rises[kind] for kind in rises if kind == "retain" or kind != "forget" and not labelled]
-    return [np.concatenate([rises["forget"], reference]), *kept]
+    return [np.minimum(rises["forget"], most_R), *kept]
 
 
 def answer_tables(part: Mapping[str, Any], largest: int | None = None) -> list[np.ndarray]:
-    """Forget and retain answers lost by setting and question, the reference (what guessing loses)
-    in the last row of the first; static settings of at most `largest` features, if told."""
+    """Forget and retain answers lost by setting and question; static settings of at most `largest`
+    features, if told."""
     asked = [one for one in part["asked"] if one["whole"] and (
         largest is None or one["limit"] == 0 and one["n_features"] <= largest)]
     tables = []
     for domain in ("forget", "retain"):
-        n = part["counts"][domain]["kept"]
         rows = [[1.0 - int(mark) for mark in one["right"][domain]] for one in asked]
-        tables.append(np.array(rows, dtype=float).reshape(len(asked), n))
-    guessed = np.full((1, tables[0].shape[1]), 0.75)
-    return [np.concatenate([tables[0], guessed]), tables[1]]
+        tables.append(np.array(rows, dtype=float).reshape(len(asked),
+                                                          part["counts"][domain]["kept"]))
+    return tables
 
 
 class Metric(NamedTuple):
-    """A number by seed: the tables that it is of, and how it comes from them."""
+    """A number by seed: of texts or of answers, how it comes from their tables, and of which
+    settings, as arguments of `text_tables` or `answer_tables`."""
 
     of: str  # texts | answers
-    tables: Callable[[Mapping[str, Any]], list[np.ndarray]]
     statistic: Callable[..., float]
+    settings: dict[str, Any]
+
+    def tables(self, part: Mapping[str, Any]) -> list[np.ndarray]:
+        return {"texts": text_tables, "answers": answer_tables}[self.of](part, **self.settings)
+
+    def variants(self, part: Mapping[str, Any]) -> Variants:
+        """The settings that a metric of texts is of, in the order of its tables."""
+        return variants(part, self.settings["largest"], self.settings["dynamic"])
+
+    def policy(self, part: Mapping[str, Any]) -> np.ndarray:
+        """The best mixture of settings at each cost by all texts, [len(COST_GRID), S]."""
+        gain_SR, *kept = self.tables(part)
+        return hull_weights(mean_cost(kept), gain_SR.mean(1), COST_GRID)
+
+    def coverage(self, part: Mapping[str, Any]) -> dict[str, float]:
+        """By kind of text: part of the tokens with a chosen feature in contexts that are clamped,
+        mean over the costs of the frontier by all texts."""
+        weight_GS = self.policy(part)
+        return {kind: float((weight_GS @ covered_S).mean())
+                for kind, covered_S in self.variants(part).coverage.items()}
 
 
 ALL_SIZES, SAE_BENCH_SIZE = 10**9, 20  # features; SAEBench clamps at most 20
+EVERY = {"largest": ALL_SIZES, "dynamic": True}
+STATIC = {"largest": ALL_SIZES, "dynamic": False}
 METRICS = {
-    "unlearning_area": Metric("texts", lambda part: text_tables(part, ALL_SIZES, True),
-                              unlearning_area),  # the primary number
-    "unlearning_area_static": Metric("texts", lambda part: text_tables(part, ALL_SIZES, False),
-                                     unlearning_area),
-    "unlearning_area_sae_bench": Metric(
-        "texts", lambda part: text_tables(part, SAE_BENCH_SIZE, False), unlearning_area),
-    "unlearning_area_labelled": Metric(
-        "texts", lambda part: text_tables(part, ALL_SIZES, True, True), unlearning_area),
-    "accuracy_area": Metric("answers", answer_tables, accuracy_area),
-    "unlearning_score": Metric("answers", lambda part: answer_tables(part, SAE_BENCH_SIZE),
-                               official_score),
+    "unlearning_area": Metric("texts", unlearning_area, EVERY),
+    "unlearning_area_static": Metric("texts", unlearning_area, STATIC),
+    "unlearning_area_sae_bench": Metric("texts", unlearning_area,
+                                        {**STATIC, "largest": SAE_BENCH_SIZE}),
+    "unlearning_area_labelled": Metric("texts", unlearning_area, {**EVERY, "labelled": True}),
+    **{f"forget_rise_at_{cost}": Metric("texts", functools.partial(forget_rise, cost=cost), EVERY)
+       for cost in COSTS},
+    "accuracy_area": Metric("answers", accuracy_area, {}),
+    "unlearning_score": Metric("answers", official_score, {"largest": SAE_BENCH_SIZE}),
 }
+"""`unlearning_area` is the primary number, chosen before any row was run. Dynamic clamps contain
+the static ones, so every method uses what suits it best. Its cost is the largest over all texts
+that must stay: a feature that tells the labelled texts apart by their manner does not pay. Settings
+are chosen and judged on different texts: their number earns nothing. The others show how much
+depends on this choice."""
 
 
 def redraw(tables: Sequence[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:

@@ -1,13 +1,12 @@
-"""Statistics of results, in numpy alone: means and errors, hulls and areas, comparable runs."""
+"""Statistics of results, in numpy alone: means and errors, hulls, comparable runs."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 FRONTIER_END = 0.3  # nats of cost up to which a frontier's area is taken
-RETAINED = 0.95  # retain accuracy below which a setting costs too much to be asked about
 
 
 def mean_stderr(values: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -38,47 +37,6 @@ def concave_envelope(cost: np.ndarray, gain: np.ndarray, grid: np.ndarray) -> np
         if not hull or point[1] > hull[-1][1]:
             hull.append(point)
     return np.interp(grid, *(np.array(axis) for axis in zip(*hull)))
-
-
-def frontier_area(cost: np.ndarray, gain: np.ndarray, end: float) -> float:
-    """Mean over costs from 0 to `end` of the largest gain on the concave envelope."""
-    grid = np.linspace(0, end, 301)
-    return float(np.trapezoid(concave_envelope(cost, gain, grid), grid) / end)
-
-
-def unlearning_area(forget_SR: np.ndarray, *kept_SR: np.ndarray) -> float:
-    """Area in nats under the frontier of forget rises, from rises by setting and context.
-
-    A setting's cost is its largest mean rise over the texts that are to be kept (`kept_SR`).
-    """
-    cost = np.max([part.mean(1) for part in kept_SR if part.shape[1]], axis=0)
-    return frontier_area(cost, forget_SR.mean(1), FRONTIER_END)
-
-
-def official_score(forget_SQ: np.ndarray, retain_SQ: np.ndarray) -> float:
-    """1 − the least forget accuracy among settings with retain accuracy ≥ 0.99; 0 if none."""
-    allowed = forget_SQ.mean(1)[retain_SQ.mean(1) >= 0.99]
-    return float(1 - allowed.min()) if len(allowed) else 0.0
-
-
-def accuracy_area(forget_SQ: np.ndarray, retain_SQ: np.ndarray) -> float:
-    """Area under the frontier of forget accuracy lost against retain accuracy lost."""
-    lost = 1 - retain_SQ.mean(1)
-    return frontier_area(lost, 1 - forget_SQ.mean(1), 1 - RETAINED)
-
-
-def resampled(statistic: Callable[..., float], *samples: np.ndarray,
-              repeats: int = 200) -> np.ndarray:
-    """`statistic` of samples whose columns (texts, questions) are drawn anew, `repeats` times."""
-    rng = np.random.default_rng(0)
-    return np.array([
-        statistic(*(part[..., rng.integers(0, part.shape[-1], part.shape[-1])] for part in samples))
-        for _ in range(repeats)])
-
-
-def interval(draws: np.ndarray) -> list[float]:
-    """The middle 95 % of draws."""
-    return [float(end) for end in np.quantile(draws, (0.025, 0.975))]
 
 
 COMPARABLE = ("substrate", "budget", "evaluation_code", "language_model_dtype")
