@@ -18,7 +18,7 @@ class Fault:
     """What goes wrong with requests ("GET /path") that `pattern` is found in, how many times."""
 
     pattern: str
-    kind: str  # a status such as "429" | gated | stall | hang up | cut | short
+    kind: str  # a status such as "429" | gated | absent | stall | hang up | cut | short | broken
     times: int = 1_000_000
 
     def hits(self, request):
@@ -99,6 +99,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "gated":
             self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
+        elif fault == "absent":
+            self.missing("RepoNotFound")
         elif fault.isdigit():
             self.answer(int(fault), b"the fault that was asked for", {"Retry-After": "0"})
         else:
@@ -161,6 +163,8 @@ class Handler(BaseHTTPRequestHandler):
             headers["X-Linked-ETag"] = headers["ETag"]
         if fault == "short":  # and says so: no length in the answer shows that the rest is missing
             content = content[: len(content) * 2 // 3]
+        if fault == "broken":  # as it was put there
+            content = content[:-8] + b"a fault."
         if "X-Linked-ETag" in headers:
             headers["X-Linked-Size"] = str(len(content))
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))

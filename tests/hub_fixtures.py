@@ -12,7 +12,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from lab.substrates.pythia import PROBE_SOURCES, Pythia
+from lab.substrates.pythia import BIOLOGY_SUBJECTS, RETAIN_SUBJECTS, Pythia
+from lab.substrates.pythia_probes import AMAZON, NEWS, PROBE_SOURCES
 
 PLANTS = ("tomato", "lavender", "fern", "apple tree", "rose", "mint", "tulip", "ivy", "bean",
           "cactus", "pumpkin", "moss")
@@ -33,7 +34,10 @@ GREETING = {"en": "the house by the river", "fr": "la maison au bord de la rivi√
             "de": "das Haus am Ufer des Flusses", "es": "la casa junto al r√≠o",
             "it": "la casa vicino al fiume", "nl": "het huis aan de rivier",
             "pt": "a casa perto do rio"}
-BROKEN, ABSENT = "fancyzhx/ag_news", "canrager/amazon_reviews_mcauley_1and5"
+OTHER_SUBJECTS = ("world_religions", "jurisprudence", "astronomy")
+PART = "-00000-of-00001.parquet"
+ABOUT_OPTIONS = ("All of the above", "none of these.", "Both A and B", "A and C")
+PAPERS, COPIES = 40, 6  # papers of biology; texts that are in two places
 
 
 def parquet(rows):
@@ -47,44 +51,83 @@ def sentence(rng, number):
     return f"The {rng.choice(PLACES)} of town {number} {rng.choice(EVENTS)} ."
 
 
-def wikitext(rng, paragraphs):
-    rows = [{"text": ""}, {"text": " = Towns by the sea = \n"}]
-    for i in range(paragraphs):
-        rows.append({"text": " " + " ".join(sentence(rng, i) for _ in range(12)) + " \n"})
+def paragraphs(rng, numbers):
+    return [" ".join(sentence(rng, i) for _ in range(12)) for i in numbers]
+
+
+def wikitext(texts):
+    return parquet([{"text": ""}, {"text": " = Towns by the sea = \n"},
+                    *({"text": f" {text} \n"} for text in texts)])
+
+
+def papers(rng, questions):
+    """Prose on plants; the first papers begin as the statements of some questions do."""
+    rows = [{"text": "A note."}]
+    for i in range(PAPERS):
+        start = statement(questions[i]) if i < COPIES else f"Report {i} on gardens."
+        rows.append({"text": " ".join([start, *(
+            f"In garden {i} bed {k} the {rng.choice(PLANTS)} {rng.choice(CARE)}."
+            for k in range(150))])})
     return parquet(rows)
+
+
+def statement(row):
+    return f"{row['question']} {row['choices'][row['answer']]}"
 
 
 def garden_questions(rng, n):
+    """Every fifth has an option that speaks of the others; the first ones are long."""
     rows = []
     for i in range(n):
-        answer, plants = i % 4, rng.sample(PLANTS, 4)
-        rows.append({"question": f"Which plant in garden {i} {rng.choice(CARE)}?",
-                     "choices": plants, "answer": answer})
-    return parquet(rows)
+        plants = rng.sample(PLANTS, 4)
+        if i % 5 == 0:
+            plants[3] = ABOUT_OPTIONS[i // 5 % 4]
+        asked = " and ".join(f"{rng.choice(CARE)} in bed {i}-{k}"
+                             for k in range(8 if i < COPIES else 1))
+        rows.append({"question": f"Which plant in garden {i} {asked}?", "choices": plants,
+                     "answer": i % 4})
+    return rows
 
 
 def town_questions(rng, subject, n):
-    return parquet([
-        {"question": f"Which building in town {i} {rng.choice(EVENTS)}?", "subject": subject,
-         "choices": rng.sample(PLACES, 4), "answer": i % 4} for i in range(n)])
+    return [{"question": f"Which building in town {i} {rng.choice(EVENTS)}, in {subject}?",
+             "subject": subject, "choices": rng.sample(PLACES, 4), "answer": i % 4}
+            for i in range(n)]
 
 
-def biographies(rng, each=24):
+def mmlu(rng):
+    """All subjects, some questions in a retain subject and in another one."""
+    rows = [row for subjects, n in ((RETAIN_SUBJECTS, 20), (OTHER_SUBJECTS, 60),
+                                    (BIOLOGY_SUBJECTS, 4))
+            for subject in subjects for row in town_questions(rng, subject, n)]
+    rows[0]["choices"] = [*PLACES[:3], "All of the above"]
+    return rows + [{**row, "subject": OTHER_SUBJECTS[0]} for row in rows[:COPIES]]
+
+
+def biographies(rng, years):
+    """A text a profession, gender and year; women surgeons, who are rare, come last."""
     professions = sorted({c for s in PROBE_SOURCES.values() if "bios" in s.path
                           for c in s.classes})
-    return parquet([
-        {"hard_text": f"She works at the {PLACES[job % 10]} and {rng.choice(EVENTS)}, job {job}, "
-                      f"since year {i}.", "profession": job, "gender": i % 2}
-        for i in range(2 * each) for job in professions])
+    rows = [{"hard_text": f"{('He', 'She')[gender]} works at the {PLACES[job % 10]} and "
+                          f"{rng.choice(EVENTS)}, job {job}, since year {i}.",
+             "profession": job, "gender": gender}
+            for i in years for job in professions for gender in (0, 1)]
+    return parquet(sorted(rows, key=lambda row: (row["profession"], row["gender"]) == (25, 1)))
 
 
-def news(rng, each=60):
+def reviews(rng, numbers):
+    return parquet([{"text": f"A {('poor', 'fine')[rating > 3]} {rng.choice(PLACES)}, number {i} "
+                             f"of kind {category}.", "category": category, "rating": rating}
+                    for i in numbers for category in range(8) for rating in (1.0, 5.0)])
+
+
+def news(rng, numbers):
     return parquet([{"text": f"{sentence(rng, i)} Report {i} of section {label}.", "label": label}
-                    for i in range(each) for label in range(4)])
+                    for i in numbers for label in range(4)])
 
 
-def github_code(rng, each=60):
-    rows = [{"code": CODE[language].format(n=rng.randrange(9999)) * 16, "language": language,
+def github_code(rng, each=80):
+    rows = [{"code": CODE[language].format(n=rng.randrange(10**6)) * 16, "language": language,
              "repo_name": "a/b", "path": f"src/{i}", "license": "mit", "size": 600}
             for i in range(each) for language in CODE]
     return parquet(rows)
@@ -127,35 +170,46 @@ def language_model(texts):
 
 
 def fill(hub):
-    """All repositories that the `pythia` substrate reads, at the commits that it names, but for
-    one probing set that is absent and one whose file is broken."""
+    """All repositories that the `pythia` substrate reads, at the commits that it names."""
     rng, pinned = random.Random(0), Pythia.revisions
-    part = "-00000-of-00001.parquet"
     texts = [*(sentence(rng, i) for i in range(300)), *CODE.values(), *GREETING.values(),
              *(f"Question: Which plant {care}?\nAnswer: {p}" for care in CARE for p in PLANTS)]
-    name = Pythia.model_name
-    hub.add("models", name, language_model(texts), pinned[name])
+    hub.add("models", Pythia.model_name, language_model(texts), pinned[Pythia.model_name])
+    tested = paragraphs(rng, range(300, 360))
+    train = [paragraphs(rng, range(150)), [*tested[:COPIES], *paragraphs(rng, range(150, 300))]]
     hub.add("datasets", "Salesforce/wikitext", {
         "README.md": card({"wikitext-103-raw-v1": ("test", "train")}),
-        "wikitext-103-raw-v1/train-00000-of-00002.parquet": wikitext(rng, 150),
-        "wikitext-103-raw-v1/train-00001-of-00002.parquet": wikitext(rng, 150),
-        f"wikitext-103-raw-v1/test{part}": wikitext(rng, 60),
+        "wikitext-103-raw-v1/train-00000-of-00002.parquet": wikitext(train[0]),
+        "wikitext-103-raw-v1/train-00001-of-00002.parquet": wikitext(train[1]),
+        f"wikitext-103-raw-v1/test{PART}": wikitext(tested),
     }, pinned["Salesforce/wikitext"])
+    questions = garden_questions(rng, 400)
     hub.add("datasets", "cais/wmdp", {
         "README.md": card({"wmdp-bio": ["test"], "wmdp-cyber": ["test"]}),
-        f"wmdp-bio/test{part}": garden_questions(rng, 400),
-        f"wmdp-cyber/test{part}": garden_questions(rng, 10)})
-    subjects = {name: ["test"] for name in Pythia.retain_subjects}
+        f"wmdp-bio/test{PART}": parquet(questions),
+        f"wmdp-cyber/test{PART}": parquet(garden_questions(rng, 10)),
+    }, pinned["cais/wmdp"])
+    hub.add("datasets", "cais/wmdp-corpora", {
+        "README.md": card({"bio-retain-corpus": ["train"], "cyber-retain-corpus": ["train"]}),
+        f"bio-retain-corpus/train{PART}": papers(rng, questions),
+        f"cyber-retain-corpus/train{PART}": papers(rng, questions),
+    }, pinned["cais/wmdp-corpora"])
     hub.add("datasets", "cais/mmlu", {
-        "README.md": card(subjects),
-        **{f"{name}/test{part}": town_questions(rng, name, 20) for name in subjects},
+        "README.md": card({"all": ["test"], "virology": ["test"]}),
+        f"all/test{PART}": parquet(mmlu(rng)),
+        f"virology/test{PART}": parquet(town_questions(rng, "virology", 4)),
     }, pinned["cais/mmlu"])
-    fill_probes(hub, rng, part)
+    fill_probes(hub, rng)
 
 
-def fill_probes(hub, rng, part):
-    hub.add("datasets", "LabHC/bias_in_bios", {f"data/train{part}": biographies(rng)})
-    hub.add("datasets", BROKEN, {f"data/train{part}": news(rng)[:3000]})
+def fill_probes(hub, rng):
+    numbers = {"train": range(24), "test": range(24, 36), "dev": range(36, 38)}
+    hub.add("datasets", "LabHC/bias_in_bios",
+            {f"data/{split}{PART}": biographies(rng, years) for split, years in numbers.items()})
+    hub.add("datasets", AMAZON, {f"data/{split}{PART}": reviews(rng, numbers[split])
+                                 for split in ("train", "test")})
+    hub.add("datasets", NEWS, {f"data/{split}{PART}": news(rng, numbers) for split, numbers in (
+        ("train", range(60)), ("test", range(60, 100)))}, Pythia.revisions[NEWS])
     script = {"README.md": b"A fixture.", "github-code.py": b"raise SystemExit\n",
               "data/train-00000-of-01126.parquet": github_code(rng)}
     hub.add("datasets", "codeparrot/github-code", script)
@@ -165,4 +219,4 @@ def fill_probes(hub, rng, part):
     pairs = PROBE_SOURCES["Helsinki-NLP/europarl"].configs
     hub.add("datasets", "Helsinki-NLP/europarl", {
         "README.md": card({pair: ["train"] for pair in pairs}),
-        **{f"{pair}/train{part}": europarl(rng, pair) for pair in pairs}})
+        **{f"{pair}/train{PART}": europarl(rng, pair) for pair in pairs}})

@@ -38,7 +38,7 @@ TINY = dict(
 )
 TINY_SIZES = Sizes(
     learn_tokens=6_000, frequency_tokens=1_000, heldout_contexts=8, frontier_contexts=2,
-    question_candidates=8, questions=3, probe_train=40, probe_test=20,
+    guard_contexts=4, question_candidates=8, questions=3, probe_train=40, probe_test=20,
 )
 WIDTH = 128  # D of the tiny model
 SECRETS = {"WANDB_API_KEY": "5ec7e7" + "0" * 34, "HF_TOKEN": "hf_5ec7e7",
@@ -46,29 +46,37 @@ SECRETS = {"WANDB_API_KEY": "5ec7e7" + "0" * 34, "HF_TOKEN": "hf_5ec7e7",
 TIMES = ("timing", "datetime_epoch_millis")  # differ between equal results
 
 
-def paragraphs(numbers):
-    return [{"text": f" The {('church', 'bridge', 'tower', 'school')[i % 4]} of the old town stood "
-                     f"by the river until {i}, when the council took it down and built a market "
-                     "there ."} for i in numbers]
+def paragraphs(numbers, things=("church", "bridge", "tower", "school")):
+    return [{"text": f" The {things[i % 4]} of the old town stood by the river until {i}, when the "
+                     "council took it down and built a market there ."} for i in numbers]
+
+
+def history(numbers, subject):
+    return [{"question": f"In which century was treaty {i} signed?", "subject": subject,
+             "choices": ("first", "tenth", "last", "later"), "answer": i % 4} for i in numbers]
+
+
+def news(numbers):
+    return [{"text": f"News item {i} about topic {i % 4} and what it means today", "label": i % 4}
+            for i in numbers]
 
 
 def rows():
     """Rows of every data set that is there, by its name and split."""
     parts = ("the wall", "the mitochondrion", "water", "salt")
     work = ("holds it together", "turns sugar into energy", "fills it", "keeps it wet")
-    centuries = ("first", "tenth", "last", "none")
     return {
         ("Salesforce/wikitext", "train"): paragraphs(range(240)),
         ("Salesforce/wikitext", "test"): paragraphs(range(240, 480)),
         ("cais/wmdp", "test"): [
             {"question": f"Which part of the cell number {i} {work[i % 4]}?", "choices": parts,
              "answer": i % 4} for i in range(120)],
-        ("cais/mmlu", "test"): [
-            {"question": f"In which century was treaty {i} signed?", "subject": "history",
-             "choices": centuries, "answer": i % 4} for i in range(20)],
-        ("fancyzhx/ag_news", "train"): [
-            {"text": f"News item {i} about topic {i % 4} and what it means today", "label": i % 4}
-            for i in range(400)],
+        ("cais/wmdp-corpora", "train"): paragraphs(range(240), ("cell", "gene", "leaf", "root")),
+        ("cais/mmlu", "test"): [*history(range(80), "human_aging"),
+                                *history(range(80, 160), "world_religions"),
+                                *history(range(160, 170), "virology")],
+        ("fancyzhx/ag_news", "train"): news(range(400)),
+        ("fancyzhx/ag_news", "test"): news(range(400, 600)),
     }
 
 
@@ -114,7 +122,8 @@ def prepare(folder, patch=setattr):
         (datasets, "load_dataset", load_local(folder)),
         (Pythia, "model_name", str(folder / "model")),
         (Pythia, "loadable_name", str(folder / "model")),
-        (Pythia, "revisions", {str(folder / "model"): "main"}),
+        (Pythia, "revisions", {**Pythia.revisions, str(folder / "model"): "main"}),
+        (Pythia, "commit", lambda self, path: self.commits.setdefault(path, "main")),
         (Pythia, "d_in", WIDTH),
         (Pythia, "check", lambda self: None),
         (Pythia, "fetch", lambda self: None),
