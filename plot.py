@@ -100,7 +100,7 @@ TERMS = {  # what a figure explains if a panel names it
     "[↑↓]": "Arrows show the better direction, dotted vertical lines (if any) the vanilla SAE.",
     "area|forget": "Unlearning area: forgetting, averaged over costs from 0 to 0.3 nats. "
     "Forgetting: rise of cross-entropy (CE) on the text to forget when SAE features are clamped. "
-    "Cost: the larger rise on the text to retain and on a third text.",
+    "Cost: the largest rise on a text that is to be kept.",
     "vanilla's": "Minus vanilla's: paired over seeds, bars are 95 % intervals or else ± standard "
     "errors; †: no seed in common, n/c: not comparable.",
     "accuracies": "Area of accuracies: the same for questions.",
@@ -163,12 +163,20 @@ class Run:
         return dict(rows[np.isfinite(rows[:, 0])].tolist())
 
     def settings(self, kind: str = "settings") -> list[np.ndarray]:
-        """Interventions by seed, [n, (cost, forget CE rise)]; the cost is the larger other rise."""
-        keys = "retain_ce_rise", "other_ce_rise", "forget_ce_rise"
-        rises = [numbers(dicts(seed, kind), *keys)
+        """Interventions by seed, [n, (cost, forget CE rise)]; cost is the largest other rise."""
+        others = [f"{text}_ce_rise" for text in ("retain", "other", "news", "dictionary", "mmlu")]
+        rises = [numbers(dicts(seed, kind), "forget_ce_rise", *others)
                  for seed in dicts(self.info, "unlearning", "per_seed")]
-        points = [np.column_stack([np.fmax(*rows.T[:2]), rows[:, 2]]) for rows in rises]
+        points = [np.column_stack([np.fmax.reduce(rows[:, 1:], 1), rows[:, 0]]) for rows in rises]
         return [part for rows in points if len(part := rows[np.isfinite(rows).all(1)])]
+
+    def frontiers(self) -> list[np.ndarray]:
+        """Forgetting at each of COSTS by seed: as it was judged, else the settings' envelope."""
+        curves = [numbers(dicts(seed, "frontier"), "cost", "forget_rise")
+                  for seed in dicts(self.info, "unlearning", "per_seed")]
+        if curves := [curve for curve in curves if len(curve) and np.isfinite(curve).all()]:
+            return [np.interp(COSTS, *curve.T) for curve in curves]
+        return [concave_envelope(*table.T, COSTS) for table in self.settings()]
 
     def kappas(self) -> list[np.ndarray]:
         """Condition numbers of all groups by seed; null means singular, and counts as infinite."""
@@ -365,10 +373,10 @@ def frontier_panel(ax: Axes, runs: list[Run], title: str, detailed: bool) -> Non
         points = np.vstack(tables).clip(min=(0, -np.inf))
         ax.plot(*points[points[:, 0] <= COSTS[-1]].T, linestyle="none", markersize=3.5, **look)
     for run in runs:
-        if tables := run.settings():
-            mean, stderr = mean_stderr([concave_envelope(*table.T, COSTS) for table in tables])
+        if curves := run.frontiers():
+            mean, stderr = mean_stderr(curves)
             draw_line(ax, run, COSTS, mean, stderr if detailed else math.nan * stderr)
-            if detailed:
+            if detailed and (tables := run.settings()):
                 dots(tables, marker=".", color=LOOKS[run.name]["color"], alpha=0.3)
     if detailed and (control := [part for run in runs for part in run.settings("control")]):
         dots(control, marker="x", color=INK, label="random features of\nequal frequency")

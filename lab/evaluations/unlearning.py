@@ -351,6 +351,7 @@ def summarize(part: dict[str, Any], least: int) -> dict[str, Any]:
                        f"{name}_interval": interval(metric.statistic, tables)}
     if sound["texts"]:
         curve = crossfitted(*METRICS["unlearning_area"].tables(part))
-        result["frontier"] = {"cost": COST_GRID.tolist(), "forget_rise": curve.tolist()}
+        result["frontier"] = [{"cost": float(cost), "forget_rise": float(rise)}
+                              for cost, rise in zip(COST_GRID, curve)]
     return {**result, "coverage": {name: METRICS[name].coverage(part)
                                    for name in AREAS if sound["texts"]}}
