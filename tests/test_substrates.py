@@ -15,11 +15,15 @@ from lab.storage import Cache, randomness
 from lab.substrates import Pythia, Standin, choose_source
 from lab.substrates.texts import (
     SIZES,
+    Document,
     cloze_questions,
     distinct,
     divided,
     families,
+    halved,
     hash_fraction,
+    is_about_options,
+    laid_out,
     normalised,
     pack_contexts,
     probe_rows,
@@ -49,7 +53,9 @@ def test_halves_are_halves():
     learn, ask = divided(SENTENCES, str)
     assert sorted(learn + ask) == sorted(SENTENCES)
     assert 0.4 < len(learn) / len(SENTENCES) < 0.6
-    assert 0.68 < len(divided(SENTENCES, str, learn=0.75)[0]) / len(SENTENCES) < 0.82
+    assert 0.68 < len(divided(SENTENCES, str, lambda _: 0.75)[0]) / len(SENTENCES) < 0.82
+    assert divided(SENTENCES, str, lambda _: 0.0)[0] == []
+    assert divided(SENTENCES, str, lambda _: 1.0)[1] == []
 
 
 def test_halves_depend_on_the_text_alone():
@@ -101,6 +107,55 @@ def test_texts_that_are_elsewhere_too_are_left_out():
     assert without_copies(texts, others) == [SENTENCES[1], SENTENCES[2]]
 
 
+def of_kind(kind, texts):
+    return [Document(kind, text, i) for i, text in enumerate(texts)]
+
+
+def test_each_kind_of_text_goes_to_the_learn_half_in_its_own_part():
+    learn = {"half": 0.5, "most": 0.75, "asked": 0.0, "learnt": 1.0}
+    items = [one for k, kind in enumerate(learn)
+             for one in of_kind(kind, SENTENCES[100 * k : 100 * k + 100])]
+    halves = halved(items, learn)
+    counts = {kind: len(halves["learn"][kind]) for kind in learn}
+    assert 38 < counts["half"] < 62
+    assert 64 < counts["most"] < 86
+    assert (counts["asked"], counts["learnt"]) == (0, 100)
+    for kind in learn:
+        texts = [one.text for half in halves.values() for one in half[kind]]
+        assert sorted(texts) == sorted(one.text for one in items if one.kind == kind)
+
+
+def test_copies_of_different_kinds_go_together_to_where_the_least_learnt_kind_goes():
+    learn = {"asked": 0.0, "half": 0.5, "most": 0.9}
+    copies = [f"{text} and {other}" for text, other in zip(SENTENCES[:100], SENTENCES[200:])]
+    halves = halved([*of_kind("most", copies), *of_kind("half", SENTENCES[:50]),
+                     *of_kind("asked", SENTENCES[50:100])], learn)
+    half_of = {one.text: half for half, kinds in halves.items() for items in kinds.values()
+               for one in items}
+    for text, copy in zip(SENTENCES[:100], copies):
+        assert half_of[text] == half_of[copy]
+    assert {half_of[text] for text in SENTENCES[50:100]} == {"ask"}
+    assert 12 < sum(half_of[text] == "learn" for text in SENTENCES[:50]) < 38
+
+
+def test_a_kind_that_is_learnt_whole_is_never_asked_and_loses_its_copies_of_what_is():
+    copies = [f"{text} and {other}" for text, other in zip(SENTENCES[:100], SENTENCES[200:])]
+    halves = halved([*of_kind("half", SENTENCES[:100]), *of_kind("prose", copies)],
+                    {"half": 0.5, "prose": 1.0})
+    assert halves["ask"]["prose"] == []
+    assert ([one.source for one in halves["learn"]["prose"]]
+            == [one.source for one in halves["learn"]["half"]])
+
+
+def test_a_corpus_is_laid_out_by_half_and_domain_and_its_documents_are_counted():
+    halves = {half: {"a": of_kind("a", [f"{half} 1", f"{half} 2"]), "b": of_kind("b", [half]),
+                     "c": []} for half in ("learn", "ask")}
+    out = laid_out(halves, {"forget": ("a", "b"), "retain": ("c",)}, lambda one: one.text.title())
+    assert out["learn"] == {"forget": ["Learn 1", "Learn 2", "Learn"], "retain": []}
+    assert out["ask"] == {"forget": ["Ask 1", "Ask 2", "Ask"], "retain": []}
+    assert out["documents"] == {half: {"a": 2, "b": 1, "c": 0} for half in ("learn", "ask")}
+
+
 def test_a_fifth_of_the_probing_texts_is_tested_on():
     rows = probe_rows([(i % 3, text) for i, text in enumerate(SENTENCES)])
     assert [(label, text) for _, label, text in rows] == [
@@ -144,6 +199,29 @@ def test_questions_depend_on_the_meanings_alone():
     assert cloze_questions(dict(reversed(MEANINGS.items()))) == cloze_questions(MEANINGS)
 
 
+@pytest.mark.parametrize("option", [
+    "All of the above", "all the above.", "ALL OF THE ABOVE!", "All-of-the-above", "All above",
+    "None of these", "none of the other answers", "None of the above are correct",
+    "None of these statements is true", "Any of the above", "All three options", "Two of the above",
+    "More than one of the above", "Neither", "both", "Neither of the above",
+    "The above are all true", "Both A and B", "A and C", "a and b", "(a) and (b)", "A, B, and C",
+    "A & B", "Either A or B", "Neither A nor B", "A and B but not C", "B only", "Only A",
+    "Both (A) and (C) are correct", "Answers A and B", "Options B, C",
+])
+def test_an_option_that_speaks_of_the_others_is_known(option):
+    assert is_about_options(option)
+
+
+@pytest.mark.parametrize("option", [
+    "A", "Blood group A", "AB", "Vitamins A and E", "hepatitis B and C", "All cells of the body",
+    "None were elected", "Both kidneys", "all of the patients", "I and II only", "E. coli",
+    "One of the largest rivers", "Some of the protein", "both chambers of Congress", "Three",
+    "above the line", "True, True", "two statements", "a bed", "some options remain open",
+])
+def test_an_option_with_a_content_of_its_own_stays(option):
+    assert not is_about_options(option)
+
+
 def test_contexts_are_packed_without_padding_and_only_the_last_tokens_are_lost():
     contexts = pack_contexts([[1, 2, 3], [4], [5, 6, 7, 8]], 0, 4)
     assert contexts.tolist() == [[0, 1, 2, 3], [0, 4, 0, 5]]  # the rest is less than a context
@@ -178,9 +256,36 @@ def test_contexts_of_both_domains_are_mixed_the_same_way_each_time(tiny, tmp_pat
     assert again.checksum() == tiny.learn.checksum()
 
 
-def test_the_third_text_is_evaluated_on_and_never_trained_on(tiny):
+def test_unnamed_texts_are_evaluated_on_and_never_trained_on(tiny):
+    assert tiny.domains == ("forget", "retain", "other")
     assert set(tiny.learn.domain_N.tolist()) == {0, 1}
     assert set(tiny.ask.domain_N.tolist()) == {0, 1, 2}
+
+
+def test_several_unnamed_texts_are_domains_of_their_own(tmp_path, processor, monkeypatch):
+    processor(bfloat16=False)
+    monkeypatch.setattr(TinySource, "unnamed", ("other", "more"))
+    substrate = tiny_substrate(tmp_path)
+    for half in ("learn", "ask"):
+        substrate.corpus[half]["more"] = [f"m{i} m{i + 1} " * 20 for i in range(9)]
+    assert substrate.domains == ("forget", "retain", "other", "more")
+    assert substrate.ask.domain_N.unique().tolist() == [0, 1, 2, 3]
+    assert substrate.learn.domain_N.unique().tolist() == [0, 1]
+    assert substrate.texts()["tokens"]["learn"]["more"] == 0
+    assert substrate.texts()["tokens"]["ask"]["more"] == 8 * 16
+
+
+def test_results_say_how_much_text_there_is_by_half_and_domain_and_where_it_is_from(tiny):
+    texts = tiny.texts()
+    for half in ("learn", "ask"):
+        contexts = getattr(tiny, half)
+        for k, name in enumerate(tiny.domains):
+            tokens = contexts.tokens_NT[contexts.domain_N == k]
+            assert texts["tokens"][half][name] == tokens.numel()
+    assert texts["documents"] == tiny.corpus["documents"]
+    assert texts["sources"] == tiny.source.sources()
+    tiny.corpus["sources"] = {"words": "at commit 7"}  # the corpus knows better
+    assert tiny.texts()["sources"] == {"words": "at commit 7"}
 
 
 def test_too_little_text_to_train_on_is_named(tiny):
