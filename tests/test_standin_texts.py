@@ -169,7 +169,7 @@ def test_definitions_are_read_after_what_they_define(corpus):
 
 # -- What counts as biology ----------------------------------------------------------------------
 
-FILLER = " ".join(["The council met in the old hall and spoke of roads and taxes until late."] * 8)
+FILLER = " ".join(["The council met in the old hall and spoke of roads and taxes until late."] * 16)
 
 
 @pytest.mark.parametrize("text", [
@@ -185,7 +185,7 @@ def test_text_on_biology_is_known_by_its_words(text):
 @pytest.mark.parametrize("text", [
     "",
     FILLER,
-    f"{FILLER} The doctor came, and another doctor.",  # one word, twice in more than a hundred
+    f"{FILLER} The doctor met a doctor who was no doctor.",  # one word among hundreds
     "A genuine celluloid film of the fishery board",  # words that only begin alike
     "The planet, the treetop and the painting",
 ])
