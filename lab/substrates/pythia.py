@@ -178,7 +178,9 @@ class Pythia:
 
 @dataclass(frozen=True)
 class ProbeSource:
-    """Where SAEBench's probing task takes its texts from, and how a row becomes (class, text)."""
+    """Where SAEBench's probing task takes its training texts from, and how a row becomes (class,
+    text). A fifth of these is tested on; SAEBench has a split of its own for that where there is
+    one."""
 
     path: str
     classes: tuple[Any, ...]
@@ -190,25 +192,23 @@ class ProbeSource:
 
     def rows(self, hub: Pythia, wanted: int) -> list[tuple[str, str, str]]:
         """Up to `wanted` texts a class as (part, class, text), equal over `balance`'s values."""
-        kept: dict[tuple[Any, Any], list[str]] = {}
+        kept: dict[Any, dict[Any, list[str]]] = {label: {} for label in self.classes}
         for config in self.configs:
             full: set[Any] = set()
             for seen, row in enumerate(hub.rows(self.path, config, self.split)):
-                text = self.text(row)
-                if self.label(row) in self.classes and text:
-                    bucket = kept.setdefault((self.label(row), self.balance(row)), [])
-                    bucket.append(text)
-                    if len(bucket) >= wanted:
-                        full.add(self.label(row))
+                text, label = self.text(row), self.label(row)
+                if label in self.classes and text:
+                    kept[label].setdefault(self.balance(row), []).append(text)
+                    if len(kept[label]) * min(map(len, kept[label].values())) >= wanted:
+                        full.add(label)
                 if len(full) == len(self.classes) // len(self.configs) or seen > 400_000:
                     break
         rows = []
-        for label in self.classes:
-            buckets = [texts for (name, _), texts in kept.items() if name == label]
-            if not buckets:
+        for label, parts in kept.items():
+            if not parts:
                 raise ValueError(f"{self.path} has no row of class {label!r}")
-            size = min(wanted // len(buckets), *(len(texts) for texts in buckets))
-            rows += [(str(label), text) for texts in buckets for text in texts[:size]]
+            size = min(wanted // len(parts), *map(len, parts.values()))
+            rows += [(str(label), text) for texts in parts.values() for text in texts[:size]]
         return probe_rows(rows)
 
 
