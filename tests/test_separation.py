@@ -1,6 +1,7 @@
 """Targeted probe perturbation and spurious correlation removal against plain computations, cases
 worked by hand and data in which the truth is planted."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -353,6 +354,20 @@ def test_pooled_features_of_another_sae_are_refused(substrate):
         evaluate_separation(random_sae(seed=3), substrate, [pooled])
 
 
+def test_a_run_pools_texts_once_an_sae_and_reports_separation(job, monkeypatch, tmp_path):
+    widths, pooled = [], ProbeSet.pooled
+    monkeypatch.setattr(ProbeSet, "pooled", lambda texts, add_, width:
+                        widths.append(width) or pooled(texts, add_, width))
+    assert job() == 0
+    info = json.loads((tmp_path / "run_1" / "final_info.json").read_text())
+    assert widths.count(info["dict_size"]) == len(info["seeds"]) == 2
+    names = separation.tpp_names()
+    assert info["eval_result_metrics"]["tpp_metrics"] == {name: info["means"][name]
+                                                          for name in names}
+    assert all(part["details"][0]["dataset_name"] == "fancyzhx/ag_news_tpp_results"
+               for part in info["separation"]["per_seed"])
+
+
 # Spurious correlation removal
 
 
@@ -433,12 +448,16 @@ def test_features_that_mix_class_and_attribute_cannot_remove_it(substrate):
     assert scr(result, "dir1", 5) < 0.3
 
 
-def test_tasks_of_a_pair_are_of_equal_size_and_balanced_but_for_the_bias(substrate):
-    texts = attributed_set()
-    tasks = correlated_tasks(pooled_for(random_sae(), texts), substrate.sizes)["a_b"]
+@pytest.mark.parametrize(("asked", "train", "test"), [(4000, 500, 160), (100, 100, 100)])
+def test_tasks_of_a_pair_are_of_equal_size_and_balanced_but_for_the_bias(asked, train, test):
+    """There are 250 and 80 texts a quadrant; the biased task needs its two twice."""
+    texts, sizes = attributed_set(), Sizes(probe_train=asked, probe_test=asked)
+    tasks = correlated_tasks(pooled_for(random_sae(), texts), sizes)["a_b"]
     for name, task in tasks.items():
-        for part, index in task.items():
-            assert len(index) == len(set(index.tolist())) == 500 if part == "train" else 160
+        for part, count in (("train", train), ("test", test)):
+            index = task[part]
+            assert len(index) == len(set(index.tolist())) == count
+            assert set(texts.parts[index]) == {part}
             positive, negative = np.split(index, 2)
             of_class, of_attribute = ({part: np.mean(values[side] == one) for part, side in
                                        (("positive", positive), ("negative", negative))}
