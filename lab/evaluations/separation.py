@@ -54,8 +54,7 @@ def evaluate_separation(sae: ExportedSAE, substrate: Substrate,
     Otherwise than in SAEBench:
 
     - A probe is taken after its last epoch. SAEBench takes the epoch of best test accuracy.
-    - Accuracies before and after are of the same texts. SAEBench draws the negatives anew each
-      time, which adds noise.
+    - Accuracies before and after are of the same texts. SAEBench draws the negatives anew.
     - Only features with an effect above zero are ablated. Where there are fewer than n, SAEBench
       fills up with others, in no order.
     - Padding takes no part. SAEBench ablates there as well, what fires on a residual of zero.
