@@ -27,9 +27,9 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends it, without a trace
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 try:
-    from lab.console import (Clock, Parser, Progress, UserError, progress, report, report_error,
-                             show)  # lab first: it keeps the text of what is loaded
-    from lab.distributed import Interrupts, Processes, keep_freed_memory
+    # lab first: it keeps the text of what is loaded
+    from lab.console import Clock, Parser, Progress, UserError, progress, report, show
+    from lab.distributed import Interrupts, Processes, keep_freed_memory, report_error
     from lab.evaluations import evaluate
     from lab.grouping import (CoactivationSketch, GroupStatistics, group_features,
                               group_statistics, random_condition_number)

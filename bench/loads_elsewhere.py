@@ -1,14 +1,14 @@
 """Do our exports and results load in the tools of this field, and do their metrics agree?
 
     bash bench/peers.sh
-    python bench/loads_elsewhere.py [run_8/seed_0]
+    python bench/loads_elsewhere.py [run_8/seed_0 ...]
 
 1. An SAE at real size with random weights and biases, and any exported seed folder given, are
    loaded by SAELens and dictionary_learning. Features and reconstruction of raw activations must
    be ours to 1e-5 of the activations' scale sqrt(mean ‖x‖²).
 2. Their metrics on the same activations, against ours. A difference must be one that a formula of
    theirs, computed here in float64, accounts for to 1e-4; it is printed with the reason.
-3. Every run_*/final_info.json must pass SAEBench's own output class.
+3. Every study/run_*/final_info.json must pass SAEBench's own output class.
 
 A given seed folder is tried on activations of the cache (SAE_CACHE_DIR). Exits 1 on a failure.
 Not covered: metrics that splice the SAE into a language model, and the peers' training state.
@@ -21,14 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from exchange import ask_peer
 from safetensors.torch import load_file
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import experiment as ex  # noqa: E402 - it lies beside this folder, not on the path
+from exchange import ask_peer
+
+from experiment import CustomSAE, CustomSAEConfig
+from lab.evaluations.reconstruction import reconstruction_metrics
+from lab.results.exports import export_sae
+from lab.sparse import ExportedSAE
+from lab.substrates import quiet_libraries
+from lab.substrates.standin import Standin
+from lab.substrates.texts import Sizes
 
 D_IN, D_SAE, TOKENS, BATCH, SCALE = 576, 4608, 4096, 1024, 37.0
 TOLERANCE = 1e-5  # of sqrt(mean ‖x‖²)
@@ -53,7 +59,7 @@ REASONS = {
 }
 
 
-def random_case(folder: Path) -> tuple[ex.TrainedSAE, Tensor]:
+def random_case(folder: Path) -> tuple[ExportedSAE, Tensor]:
     """An untrained SAE with nothing at zero or tied, exported to `folder`, and raw activations:
     a mean, sparse sums of its decoder rows and noise."""
     generator = torch.Generator().manual_seed(0)
@@ -61,7 +67,7 @@ def random_case(folder: Path) -> tuple[ex.TrainedSAE, Tensor]:
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    sae = ex.CustomSAE(D_IN, D_SAE, generator)
+    sae = CustomSAE(D_IN, D_SAE, generator)
     codes_NF = noise(TOKENS, D_SAE).abs() * (torch.rand(TOKENS, D_SAE, generator=generator) < 0.005)
     z_ND = codes_NF @ sae.W_dec.detach() + 0.05 * noise(D_IN) + 0.01 * noise(TOKENS, D_IN)
     z_ND /= z_ND.square().sum(1).mean().sqrt()
@@ -71,33 +77,26 @@ def random_case(folder: Path) -> tuple[ex.TrainedSAE, Tensor]:
     with torch.no_grad():
         sae.b_enc *= 1 + 0.1 * noise(D_SAE)
         sae.b_dec += 0.005 * noise(D_IN)
-    trained = ex.TrainedSAE(sae, SCALE)
-    trainer = ex.CustomTrainer(ex.CustomSAEConfig(), sae, 0)
-    ex.export_sae(trained, folder, ex.Standin, trainer.config)
-    return trained, z_ND * SCALE
+    exported = sae.exported(SCALE)
+    export_sae(exported, folder, Standin, {**vars(CustomSAEConfig()), **vars(Sizes()), "seed": 0})
+    return exported, z_ND * SCALE
 
 
-def exported_case(folder: Path) -> tuple[ex.TrainedSAE, Tensor]:
-    """An SAE as it was exported for raw activations, and a sample of raw cached activations."""
-    weights = load_file(folder / "sae_lens" / "sae_weights.safetensors")
-    d_in, d_sae = weights["W_enc"].shape
-    sae = ex.CustomSAE(d_in, d_sae, torch.Generator().manual_seed(0))
-    sae.load_state_dict(weights)
-    root = Path(os.environ.get("SAE_CACHE_DIR", ROOT / ".cache"))
+def exported_case(folder: Path) -> tuple[ExportedSAE, Tensor]:
+    """An exported SAE and a sample of raw cached activations."""
+    sae = ExportedSAE(**load_file(folder / "sae_lens" / "sae_weights.safetensors"))
+    root = Path(os.environ.get("SAE_CACHE_DIR") or ".cache")
     for path in sorted(root.glob("*/activations/0000-*.safetensors")):
         x_ND = load_file(path)["acts"]
-        if x_ND.shape[1] == d_in and len(x_ND) >= TOKENS:
-            return ex.TrainedSAE(sae, 1.0), x_ND[:TOKENS].float()
-    raise SystemExit(f"no activations of width {d_in} in {root}; SAE_CACHE_DIR names a cache")
+        if x_ND.shape[1] == sae.d_in and len(x_ND) >= TOKENS:
+            return sae, x_ND[:TOKENS].float()
+    raise SystemExit(f"no activations of width {sae.d_in} in {root}; SAE_CACHE_DIR names a cache")
 
 
-def our_metrics(trained: ex.TrainedSAE, x_ND: Tensor, x_hat_ND: Tensor) -> dict[str, float]:
-    """`reconstruction_metrics`, its sums in raw units; E‖x − x̂‖₂ beside them, in float64."""
-    c = trained.scale
-    found = ex.reconstruction_metrics(trained.sae, x_ND / c)
+def our_metrics(sae: ExportedSAE, x_ND: Tensor, x_hat_ND: Tensor) -> dict[str, float]:
+    """`reconstruction_metrics`, and E‖x − x̂‖₂ beside them, in float64."""
     error_norm = (x_ND.double() - x_hat_ND.double()).norm(dim=1).mean()
-    return {**found, "l1": found["l1"] * c, "mse": found["mse"] * c * c,
-            "error_norm": float(error_norm)}
+    return {**reconstruction_metrics(sae, x_ND), "error_norm": float(error_norm)}
 
 
 def their_formulas(x_ND: Tensor, x_hat_ND: Tensor) -> dict[tuple[str, str], float]:
@@ -137,19 +136,17 @@ def metric_rows(ours: dict[str, float], replies: dict[str, dict[str, Any]],
     return rows
 
 
-def check_case(name: str, trained: ex.TrainedSAE, x_ND: Tensor, folder: Path) -> bool:
+def check_case(name: str, sae: ExportedSAE, x_ND: Tensor, folder: Path) -> bool:
     """Print how the peers read the SAE exported to `folder`, and their metrics; True if good."""
-    with torch.no_grad():
-        x_hat_ND = trained.sae(x_ND / trained.scale) * trained.scale
-    good = True
+    x_hat_ND, good = sae.reconstruct(x_ND), True
     with tempfile.TemporaryDirectory() as scratch:
         ours = str(Path(scratch) / "ours.pt")
-        torch.save({"x": x_ND, "f": trained.features(x_ND), "x_hat": x_hat_ND}, ours)
+        torch.save({"x": x_ND, "f": sae.encode(x_ND), "x_hat": x_hat_ND}, ours)
         request = {"task": "check", "folder": str(folder.resolve()), "ours": ours, "batch": BATCH}
         replies = {peer: ask_peer(peer, request)
                    for peer in ("sae_lens", "dictionary_learning", "sae_bench")}
     scale = replies["sae_lens"]["scale"]
-    print(f"\n{name}: D {trained.sae.d_in}, F {trained.sae.d_sae}, {len(x_ND)} tokens, "
+    print(f"\n{name}: D {sae.d_in}, F {sae.d_sae}, {len(x_ND)} tokens, "
           f"scale sqrt(mean ‖x‖²) = {scale:.4g}")
     for reply in replies.values():
         good &= max(reply["features"], reply["reconstruction"]) <= TOLERANCE
@@ -158,7 +155,7 @@ def check_case(name: str, trained: ex.TrainedSAE, x_ND: Tensor, folder: Path) ->
               f"(allowed {TOLERANCE:.0e}); on for one side only {reply['on_for_one_side_only']} "
               f"of {reply['entries_on']}")
     print(f"  {'metric':19}{'peer':20}{'ours':>12}{'theirs':>13}{'rel. gap':>10}")
-    rows = metric_rows(our_metrics(trained, x_ND, x_hat_ND), replies,
+    rows = metric_rows(our_metrics(sae, x_ND, x_hat_ND), replies,
                        their_formulas(x_ND, x_hat_ND))
     print("\n".join(text for _, text in rows))
     return good and all(fine for fine, _ in rows)
@@ -166,7 +163,8 @@ def check_case(name: str, trained: ex.TrainedSAE, x_ND: Tensor, folder: Path) ->
 
 def check_results() -> bool:
     """Print what SAEBench's output class makes of each result here; True if it takes all."""
-    paths = sorted(str(path) for path in ROOT.glob("run_*/final_info.json"))
+    study = Path(__file__).resolve().parent.parent / "study"
+    paths = sorted(str(path) for path in study.glob("run_*/final_info.json"))
     reply = ask_peer("sae_bench", {"task": "validate", "paths": paths})
     print(f"\nSparseProbingEvalOutput of sae-bench {reply['version']}")
     good = bool(paths)
@@ -180,7 +178,7 @@ def check_results() -> bool:
 
 
 def main() -> int:
-    ex.quiet_libraries()
+    quiet_libraries()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "seed_0"
         good = check_case("random weights", *random_case(folder), folder)

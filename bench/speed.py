@@ -1,89 +1,114 @@
-"""All tables of speed: step, orthogonality term, grouping, whole runs, and the peers if installed.
+"""All tables of speed: step, modes, direction term, grouping, whole runs, and peers if installed.
 
-    python bench/speed.py
+    python bench/speed.py                       # every table
+    python bench/speed.py modes --turns 5       # some of them: NAMES below
 
-What is compared in the first three tables runs in one process, in turns, and the medians of the
-turns are printed with their range; absolute times belong to the machine. D = 512, B = 2048 tokens,
-40 features active a token on synthetic activations; weights move so little that this stays so.
-The plain dense step runs twice: here, where freed memory is kept as experiment.py has it, and in a
-process of its own with the C library's habits, as a tool that does not ask for this runs; a third
-time in bfloat16, which shows what of the ratio is the precision's.
-Whole runs: what the finished run folders beside experiment.py took. Last, where bench/peers.sh has
-installed them (SAE_PEERS), three rounds of bench/pipeline.py against SAELens and
-dictionary_learning.
+What is compared runs in one process, in turns; printed are medians of the turns' ratios with their
+range. Absolute times belong to the machine. D = 512, B = 2048 tokens, 40 active features a token,
+on synthetic activations; weights move so little that this stays so.
+
+steps    our step against the plain dense one. It runs twice: in a process of its own with the C
+         library's habits, as a tool does that does not ask for freed memory to be kept; and here,
+         where it is kept. A third time in bfloat16: what of the ratio is the precision's.
+modes    what each orthogonality loss costs, as a ratio to off
+terms    L_dir without the F × F matrix against its definition
+grouping one grouping, and its part of training
+runs     seconds of each phase of the committed study
+peers    three rounds of bench/pipeline.py, where bench/peers.sh has installed them (SAE_PEERS)
 """
 
+import argparse
 import contextlib
-import dataclasses
 import json
 import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pipeline
 import torch
-from exchange import peer_python
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import experiment as ex  # noqa: E402 - it lies beside this folder, not on the path
+import pipeline
+from exchange import peer_python
 
+from experiment import MODES, RUNS, CustomSAE, CustomSAEConfig, CustomTrainer, direction_loss
+from lab.distributed import keep_freed_memory
+from lab.grouping import group_features
+from lab.language_model import faster_dtype
+from lab.results.final_info import processor_name
+from lab.sparse import faster_screen
+from lab.storage import randomness
+from lab.substrates import quiet_libraries
+
+STUDY = Path(__file__).resolve().parent.parent / "study"
 D, B, ACTIVE = 512, 2048, 40.0
-ROUNDS = 5
-MODE_ROUNDS = 20  # modes differ by less than the machine does from one turn to the next
-PIPELINE_ROUNDS = 3
-
-
-def trainer(mode: str, d_sae: int, screen: str) -> ex.CustomTrainer:
-    row = dataclasses.replace(
-        ex.CustomSAEConfig(), orthogonality=mode, alpha=0.05 if mode != "off" else 0.0,
-        target_l0=ACTIVE, learning_rate=1e-7, sparsity_rate=0.0, resample_every=10**9,
-        regroup_every=10**9, ramp_fraction=0.0, steps=10**6,
-    )
-    sae = ex.CustomSAE(D, d_sae, ex.randomness("bench", d_sae), screen)
-    sae.initialize_biases_(batch(0)[0], ACTIVE)
-    made = ex.CustomTrainer(row, sae, 0)
-    made.l0 = ACTIVE
-    return made
+PERIOD = CustomSAEConfig.direction_every  # steps a turn: one computes L_dir's gradient
+NEVER = 10**9
+PHASES = ("activations", "training", "reconstruction", "conditioning", "sparse_probing",
+          "separation", "unlearning")
+Work = Callable[[int], Any]
 
 
 def batch(i: int) -> tuple[Tensor, Tensor]:
-    generator = ex.randomness("bench batch", i)
+    generator = randomness("bench batch", i)
     return torch.randn(B, D, generator=generator) / D**0.5, torch.arange(B) % 2
 
 
-def plain_step(sae: ex.CustomSAE, optimizer: torch.optim.Adam, z_BD: Tensor,
-               half: bool = False) -> None:
+BATCHES = [batch(i) for i in range(PERIOD)]
+
+
+def trainer(mode: str, d_sae: int, screen: str | None = None) -> CustomTrainer:
+    config = CustomSAEConfig(
+        orthogonality=mode, target_l0=ACTIVE, learning_rate=1e-7, sparsity_rate=1e-12, steps=NEVER,
+        resample_every=NEVER, regroup_every=NEVER, ramp_fraction=0.0)
+    sae = CustomSAE(D, d_sae, randomness("bench", d_sae), screen)
+    sae.initialize_biases_(BATCHES[0][0], ACTIVE)
+    made = CustomTrainer(config, sae, 0)
+    made.l0 = ACTIVE
+    made.step_count = PERIOD  # past the first grouping
+    return made
+
+
+def stepper(made: CustomTrainer) -> Work:
+    return lambda i: made.step(*BATCHES[i])
+
+
+def plain_stepper(d_sae: int, half: bool = False) -> Work:
     """The same mathematics, dense and by autograd, in float32, as dictionary_learning trains, or
     with autocast to bfloat16, as SAELens can."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        f_BF = sae.encode(z_BD)
-        z_hat_BD = sae.decode(f_BF)
-    loss = (z_BD - z_hat_BD).norm(dim=1).mean() + 0.04 * f_BF.float().sum(1).mean()
-    optimizer.zero_grad()
-    loss.backward()
-    sae.remove_parallel_gradient_()
-    optimizer.step()
-    sae.normalize_decoder_()
+    sae = trainer("off", d_sae).sae
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-7)
+
+    def step(i: int) -> None:
+        z_BD = BATCHES[i][0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            f_BF = sae.encode(z_BD)
+            z_hat_BD = sae.decode(f_BF)
+        loss = (z_BD - z_hat_BD).norm(dim=1).mean() + 0.04 * f_BF.float().sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        sae.remove_parallel_gradient_()
+        optimizer.step()
+        sae.normalize_decoder_()
+
+    return step
 
 
 def plain_worker(d_sae: int, orders: Any) -> None:
     """Takes a plain step for every number that comes, in a process of its own."""
-    sae = trainer("off", d_sae, "float32").sae
-    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-7)
+    step = plain_stepper(d_sae)
     while (i := orders.recv()) is not None:
-        plain_step(sae, optimizer, BATCHES[i][0])
+        step(i)
         orders.send(i)
 
 
 @contextlib.contextmanager
-def plain_elsewhere(d_sae: int) -> Iterator[Callable[[int], Any]]:
+def plain_elsewhere(d_sae: int) -> Iterator[Work]:
     fresh = multiprocessing.get_context("spawn")
     here, there = fresh.Pipe()
     process = fresh.Process(target=plain_worker, args=(d_sae, there), daemon=True)
@@ -98,63 +123,42 @@ def plain_elsewhere(d_sae: int) -> Iterator[Callable[[int], Any]]:
     process.join()
 
 
-def seconds(work: Callable[[int], Any], repeats: int) -> float:
-    start = time.perf_counter()
-    for i in range(repeats):
-        work(i)
-    return (time.perf_counter() - start) / repeats
-
-
-def in_turns(works: dict[str, tuple[Callable[[int], Any], int]],
-             rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds a call of each work, `rounds` times in turns after one that does not count."""
+def in_turns(works: dict[str, tuple[Work, int]], turns: int) -> dict[str, list[float]]:
+    """Seconds a call of each work, `turns` times in turns after one that does not count."""
     times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(rounds + 1):
+    for turn in range(turns + 1):
         for name, (work, repeats) in works.items():
-            taken = seconds(work, repeats)
+            start = time.perf_counter()
+            for i in range(repeats):
+                work(i)
             if turn:
-                times[name].append(taken)
+                times[name].append((time.perf_counter() - start) / repeats)
     return times
 
 
 def ratio(over: list[float], under: list[float]) -> str:
-    """Median of paired ratios and their range."""
+    """Median of the turns' ratios and their range."""
     ratios = [a / b for a, b in zip(over, under)]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 
-def milliseconds(times: list[float]) -> str:
-    return f"{1e3 * statistics.median(times):.0f}"
+def steps(d_sae: int, turns: int) -> list[str]:
+    with plain_elsewhere(d_sae) as elsewhere:
+        times = in_turns({
+            "ours": (stepper(trainer("off", d_sae)), PERIOD),
+            "ours, float32 screen": (stepper(trainer("off", d_sae, "float32")), PERIOD),
+            "plain": (plain_stepper(d_sae), 2),
+            "plain, bfloat16": (plain_stepper(d_sae, half=True), 2),
+            "plain elsewhere": (elsewhere, 2)}, turns)
+    pairs = (("plain elsewhere", "ours"), ("plain", "ours"), ("plain, bfloat16", "ours"),
+             ("plain", "ours, float32 screen"))
+    return [ratio(times[over], times[under]) for over, under in pairs]
 
 
-def stepper(made: ex.CustomTrainer) -> Callable[[int], Any]:
-    return lambda i: made.step(*BATCHES[i % len(BATCHES)])
-
-
-def steps(d_sae: int) -> None:
-    screen = ex.faster_screen()
-    plain = trainer("off", d_sae, screen).sae
-    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-7)
-    period = ex.CustomSAEConfig().ortho_every
-    modes = in_turns({mode: (stepper(trainer(mode, d_sae, screen)), period)
-                      for mode in ("off", "fixed", "adaptive")}, MODE_ROUNDS)
-    times: dict[str, list[float]] = {}
-    if d_sae <= 16384:
-        with plain_elsewhere(d_sae) as elsewhere:
-            times = in_turns({
-                "off": (stepper(trainer("off", d_sae, screen)), period),
-                "off, float32 screen": (stepper(trainer("off", d_sae, "float32")), period),
-                "plain": (lambda i: plain_step(plain, optimizer, BATCHES[i][0]), 2),
-                "plain, bfloat16": (
-                    lambda i: plain_step(plain, optimizer, BATCHES[i][0], half=True), 2),
-                "plain elsewhere": (elsewhere, 2),
-            })
-    compared = (("plain elsewhere", "off"), ("plain", "off"), ("plain, bfloat16", "off"),
-                ("plain", "off, float32 screen"))
-    print(f"| {d_sae} |", " | ".join(ratio(times[over], times[under]) if over in times else "-"
-                                     for over, under in compared),
-          "|", " | ".join(ratio(modes[mode], modes["off"]) for mode in ("adaptive", "fixed")),
-          "|", milliseconds(modes["off"]), "|", flush=True)
+def modes(d_sae: int, turns: int) -> list[str]:
+    times = in_turns({mode: (stepper(trainer(mode, d_sae)), PERIOD) for mode in MODES}, turns)
+    return [f"{1e3 * statistics.median(times['off']):.0f}",
+            *(ratio(times[mode], times["off"]) for mode in MODES[1:])]
 
 
 def gram_loss(W_FD: Tensor, groups_GM: Tensor, share_G: Tensor) -> float:
@@ -168,90 +172,100 @@ def gram_loss(W_FD: Tensor, groups_GM: Tensor, share_G: Tensor) -> float:
     return float(total) * D / F**2
 
 
-def term(d_sae: int) -> None:
-    sae = ex.CustomSAE(D, d_sae, ex.randomness("bench", d_sae))
-    groups = torch.randperm(d_sae, generator=ex.randomness("bench groups")).view(-1, 64)
+@torch.no_grad()
+def terms(d_sae: int, turns: int) -> list[str]:
+    W_FD = CustomSAE(D, d_sae, randomness("bench", d_sae)).W_dec
+    groups = torch.randperm(d_sae, generator=randomness("bench groups")).view(-1, 64)
     share = torch.linspace(-8, 0.9, len(groups))
-    with torch.no_grad():
-        exact = float(ex.direction_loss(sae.W_dec, groups, share))
-        gram = gram_loss(sae.W_dec, groups, share)
-        times = in_turns({
-            "exact": (lambda i: ex.direction_loss(sae.W_dec, groups, share), 2),
-            "gram": (lambda i: gram_loss(sae.W_dec, groups, share), 1),
-        })
-    print(f"| {d_sae} | {exact:.6f} | {gram:.6f} |", ratio(times["gram"], times["exact"]), "|",
-          f"{d_sae * d_sae * 4 / 1e6:.0f} | {(d_sae * D * 2 + d_sae * 64) * 4 / 1e6:.0f} |",
-          flush=True)
+    times = in_turns({"ours": (lambda _: direction_loss(W_FD, groups, share), 2),
+                      "gram": (lambda _: gram_loss(W_FD, groups, share), 1)}, turns)
+    return [f"{float(direction_loss(W_FD, groups, share)):.6f}",
+            f"{gram_loss(W_FD, groups, share):.6f}", ratio(times["gram"], times["ours"]),
+            f"{d_sae * d_sae * 4 / 1e6:.0f}", f"{(d_sae * D * 2 + d_sae * 64) * 4 / 1e6:.0f}"]
 
 
-def grouping(d_sae: int) -> None:
-    config = ex.CustomSAEConfig()
-    rows_FR = torch.randn(d_sae, config.sketch_size, generator=ex.randomness("bench rows"))
+def grouping(d_sae: int, turns: int) -> list[str]:
+    config = CustomSAEConfig()
+    rows_FR = torch.randn(d_sae, config.sketch_size, generator=randomness("bench rows"))
     rows_FR /= config.sketch_size**0.5
-    step = stepper(trainer("adaptive", d_sae, ex.faster_screen()))
-    times = in_turns({
-        "grouping": (lambda i: ex.group_features(rows_FR, config.group_size, 0), 1),
-        "step": (step, config.ortho_every),
-    })
+    times = in_turns({"grouping": (lambda _: group_features(rows_FR, config.group_size, 0), 1),
+                      "step": (stepper(trainer("adaptive", d_sae)), PERIOD)}, turns)
     taken, each = (statistics.median(times[name]) for name in ("grouping", "step"))
-    share = taken / (taken + config.regroup_every * each)
-    print(f"| {d_sae} | {taken:.2f} | {1e6 * taken / d_sae:.0f} | {100 * share:.2f} % |",
-          flush=True)
+    return [f"{taken:.2f}", f"{1e6 * taken / d_sae:.0f}",
+            f"{taken / (taken + config.regroup_every * each):.2%}"]
 
 
-def whole_runs() -> None:
-    """Seconds of each phase of the finished runs beside experiment.py, all seeds."""
-    phases = ("activations", "training", "reconstruction", "conditioning", "sparse_probing",
-              "unlearning")
-    print("\n| run | budget | seeds |", " | ".join(phases), "| all | peak GB |\n" +
-          "|---" * (len(phases) + 5) + "|")
-    for name in ex.RUNS:
-        path = ROOT / name / "final_info.json"
+TABLES: dict[str, tuple[Callable[[int, int], list[str]], tuple[int, ...], tuple[str, ...]]] = {
+    "steps": (steps, (4096, 16384), (
+        "plain dense float32 step / ours", "the same, freed memory kept", "and in bfloat16",
+        "in float32, ours with a float32 screen")),
+    "modes": (modes, (4096, 16384, 32768), (
+        "off, ms", *(f"{mode} / off" for mode in MODES[1:]))),
+    "terms": (terms, (4096, 16384, 32768), (
+        "L_dir, ours", "by the F × F Gram", "Gram time / ours", "Gram, MB", "ours, MB")),
+    "grouping": (grouping, (4096, 8192, 16384, 32768, 65536), (
+        "one grouping, s", "µs a feature", f"of training, every {CustomSAEConfig.regroup_every}")),
+}
+NAMES = (*TABLES, "runs", "peers")
+
+
+def line(*cells: str) -> None:
+    print("|", " | ".join(cells), "|", flush=True)
+
+
+def heading(*cells: str) -> None:
+    print()
+    line(*cells)
+    line(*("---" for _ in cells))
+
+
+def whole_runs(names: Iterable[str]) -> None:
+    heading("run", "budget", "seeds", *PHASES, "all", "peak GB")
+    for name in names:
+        path = STUDY / name / "final_info.json"
         if path.exists():
             info = json.loads(path.read_text(encoding="utf-8"))
-            taken = [info["timing"].get(f"{phase}_seconds", 0.0) for phase in phases]
-            print(f"| {name} | {info['budget']} | {info['config']['n_seeds']} |",
-                  " | ".join(f"{t:.0f}" for t in taken),
-                  f"| {sum(taken):.0f} | {info['timing']['peak_memory_gb']:.1f} |")
+            taken = [info["timing"].get(f"{phase}_seconds", 0.0) for phase in PHASES]
+            line(name, info["budget"], str(len(info["seeds"])), *(f"{t:.0f}" for t in taken),
+                 f"{sum(taken):.0f}", f"{info['timing']['peak_memory_gb']:.1f}")
 
 
-def peers() -> None:
+def peers(rounds: int = 3) -> None:
     absent = [who for who in ("sae_lens", "dictionary_learning") if not peer_python(who).exists()]
     if absent:
         print(f"\nNot measured: the pipeline against {' and '.join(absent)}, which bench/peers.sh "
               "installs (SAE_PEERS).")
-        return
-    print()
-    print(pipeline.table([pipeline.measure_round(list(pipeline.VARIANTS))
-                          for _ in range(PIPELINE_ROUNDS)]))
+    else:
+        print()
+        print(pipeline.table([pipeline.measure_round(list(pipeline.VARIANTS))
+                              for _ in range(rounds)]))
 
 
 def main() -> None:
-    ex.quiet_libraries()
-    ex.keep_freed_memory()
-    print(f"{ex.processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"screen {ex.faster_screen()}, L_dir's products in "
-          f"{ex.faster_dtype(torch.device('cpu'))}; medians of {ROUNDS} turns "
-          f"(range), of {MODE_ROUNDS} between modes\n")
-    print("| F | plain dense float32 step / ours | the same, freed memory kept | and in bfloat16 | "
-          "in float32, ours with a float32 screen | adaptive / off | fixed / off | ours, off, ms |"
-          "\n|---|---|---|---|---|---|---|---|")
-    for d_sae in (4096, 16384, 32768):
-        steps(d_sae)
-    print("\n| F | L_dir, ours | by the F × F Gram | Gram time / ours | Gram, MB | ours, MB |\n"
-          "|---|---|---|---|---|---|")
-    for d_sae in (4096, 16384, 32768):
-        term(d_sae)
-    print("\n| F | one grouping, s | µs a feature | of training, every 250 steps |\n"
-          "|---|---|---|---|")
-    for d_sae in (4096, 8192, 16384, 32768, 65536):
-        grouping(d_sae)
-    whole_runs()
-    peers()
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=", ".join(NAMES))
+    parser.add_argument("--turns", type=int, default=20)
+    options = parser.parse_args()
+    if unknown := set(options.tables) - set(NAMES):
+        parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+    chosen = options.tables or NAMES
+    quiet_libraries()
+    keep_freed_memory()
+    print(f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"screen {faster_screen()}, L_dir's products in {faster_dtype(torch.device('cpu'))}; "
+          f"medians of {options.turns} turns (range)")
+    for name, (measure, sizes, columns) in TABLES.items():
+        if name in chosen:
+            heading("F", *columns)
+            for d_sae in sizes:
+                line(str(d_sae), *measure(d_sae, options.turns))
+    if "runs" in chosen:
+        whole_runs(RUNS)
+    if "peers" in chosen:
+        peers()
     print("\nNot measured: CUDA; processors with matrix units; more than one process.")
 
-
-BATCHES = [batch(i) for i in range(8)]
 
 if __name__ == "__main__":
     main()

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from controls import Bench
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import experiment as ex
+from controls import open_substrate
+
+from lab.evaluations.heldout import HeldOut
+from lab.results.final_info import read_result
+from lab.sparse import ExportedSAE
+from lab.substrates.texts import DOMAINS
 
 FEATURES, EXAMPLES, AROUND = 10, 3, 8
 
@@ -37,25 +41,27 @@ def examples(f_CT: torch.Tensor, tokens_CT: torch.Tensor, tokenizer: Any) -> lis
 
 
 @torch.no_grad()
-def show(run: Path, material: ex.Material) -> None:
-    info, held = ex.read_result(run), material.heldout
-    if info is None:
+def show(run: Path, heldout: HeldOut) -> None:
+    if (info := read_result(run)) is None:
         sys.exit(f"error: {run} holds no finished run")
-    chosen = info["unlearning"]["per_seed"][0]["selected"][str(max(ex.THRESHOLDS))][:FEATURES]
-    weights = load_file(run / f"seed_{info['seeds'][0]['seed']}/sae_lens/sae_weights.safetensors")
-    f_CTN = torch.relu((held["x"].float() - weights["b_dec"]) @ weights["W_enc"][:, chosen]
-                       + weights["b_enc"][chosen]) * held["keep"][..., None]
-    print(f"\n{run.name}: {ex.PURPOSE[run.name]}")
+    weights = run / f"seed_{info['seeds'][0]['seed']}" / "sae_lens" / "sae_weights.safetensors"
+    if not weights.exists():
+        sys.exit(f"error: {weights} is missing; a run writes it, the committed study has none")
+    selected = info["unlearning"]["per_seed"][0]["selected"]  # by threshold
+    chosen = selected[max(selected, key=float)][:FEATURES]
+    sae = ExportedSAE(**load_file(weights))
+    f_CTN = sae.encode(heldout["x"].float(), chosen) * heldout["keep"][..., None]
+    print(f"\n{run.name}: {info['config']['purpose']}")
     for n, feature in enumerate(chosen):
         fires_CT = f_CTN[..., n] > 0
-        shares = (float(fires_CT[held["domain"] == k].float().mean()) for k in range(3))
-        rates = ", ".join(f"{name} {share:.2%}" for name, share in zip(ex.DOMAINS, shares))
+        shares = (float(fires_CT[heldout["domain"] == k].float().mean()) for k in range(3))
+        rates = ", ".join(f"{name} {share:.2%}" for name, share in zip(DOMAINS, shares))
         print(f"\n  feature {feature}: {rates}")
-        for line in examples(f_CTN[..., n], held["tokens"], material.lm.tokenizer):
+        for line in examples(f_CTN[..., n], heldout["tokens"], heldout.substrate.lm.tokenizer):
             print(f"    {line}")
 
 
 if __name__ == "__main__":
-    shared = Bench().material
+    shared = HeldOut(open_substrate())
     for name in sys.argv[1:]:
         show(Path(name), shared)

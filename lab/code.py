@@ -118,10 +118,10 @@ class Module:
         """By name; those of a class's members as Class.member."""
         made: dict[str, Definition] = {}
         for node in self.tree.body:
-            for name in bound_names(node):
+            for name in sorted(bound_names(node)):
                 made.setdefault(name, Definition(None)).nodes.append(node)
             for member in node.body if isinstance(node, ast.ClassDef) else ():
-                for name in bound_names(member):
+                for name in sorted(bound_names(member)):
                     made.setdefault(f"{node.name}.{name}", Definition(node)).nodes.append(member)
         return made
 

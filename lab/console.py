@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 IS_LEADER = os.environ.get("RANK", "") in ("", "0")  # under torchrun the first process speaks
-HEARTBEAT = 60.0  # seconds between two lines on a phase where there is no terminal
+HEARTBEAT = 50.0  # seconds between two lines where there is no terminal: no minute is silent
 
 
 class UserError(Exception):
@@ -23,7 +23,7 @@ def report(text: str) -> None:
     """One line on stderr, clear of progress bars."""
     if IS_LEADER and sys.stderr is not None:  # tqdm would take stdout in its place
         with contextlib.suppress(OSError, ValueError):  # a closed stderr ends no run
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(f"{text}\n", file=sys.stderr, end="")  # at once: others write too
 
 
 def report_error(text: str) -> None:
@@ -78,7 +78,7 @@ class Progress:
     def __init__(self, what: str, total: int | None = None, done: int = 0):
         self.what, self.total, self.done, self.first = what, total, done, done
         self.start = time.monotonic()
-        quiet = not (IS_LEADER and at_terminal())
+        quiet = not (total and IS_LEADER and at_terminal())  # a bar needs an end
         self.bar = tqdm(desc=what, total=total, initial=done, disable=quiet, leave=False)
 
     def __enter__(self) -> "Progress":

@@ -1,10 +1,12 @@
 """The processes of a torchrun, which train one SAE together, and the signals that end them."""
 
+import atexit
 import contextlib
 import ctypes
 import datetime
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lab import console
 from lab.console import UserError
+
+PATIENCE = 10.0  # seconds for which a process that ends waits for the others
 
 
 def place_in_team() -> tuple[int, int, int]:
@@ -25,14 +30,18 @@ def place_in_team() -> tuple[int, int, int]:
     cure = "start several processes with torchrun, or unset all three for a single one"
     try:
         size = int(texts["WORLD_SIZE"] or 1)
-        rank = int(texts["RANK"] or ("0" if size == 1 else "unset"))
+        rank = int(texts["RANK"] or 0)
         local = int(texts["LOCAL_RANK"] or rank)
     except ValueError:
         raise UserError(f"{shown}: not all are whole numbers; {cure}") from None
-    if not 0 <= rank < size or local < 0:
-        raise UserError(f"{shown}: the rank must be below the size; {cure}")
-    if size > 1 and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
-        raise UserError(f"{shown}, but MASTER_ADDR or MASTER_PORT is not set; {cure}")
+    together = os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")
+    for sound, wrong in ((size >= 1, "WORLD_SIZE must be at least 1"),
+                         (0 <= rank < size, f"RANK must be from 0 to {size - 1}"),
+                         (local >= 0, "LOCAL_RANK must be at least 0"),
+                         (texts["RANK"] or size == 1, "RANK is not set"),
+                         (together or size == 1, "MASTER_ADDR or MASTER_PORT is not set")):
+        if not sound:
+            raise UserError(f"{shown}: {wrong}; {cure}")
     return rank, local, size
 
 
@@ -47,11 +56,17 @@ class Processes:
 
     def __init__(self) -> None:
         self.rank, local, self.size = place_in_team()
-        gpu = torch.cuda.is_available()
-        self.device = torch.device("cuda", local) if gpu else torch.device("cpu")
+        self.device = own_device(local)
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo",
-                                    timeout=datetime.timedelta(hours=12))  # of evaluations, too
+            try:
+                dist.init_process_group("gloo" if self.device.type == "cpu" else
+                                        "cpu:gloo,cuda:nccl",
+                                        timeout=datetime.timedelta(hours=12))  # of evaluations, too
+            except (RuntimeError, ValueError) as error:
+                place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                raise UserError(f"process {self.rank} of {self.size} does not reach the others at "
+                                f"{place} ({one_line(error)}); start them with torchrun") from error
+            atexit.register(leave_team)
 
     def share(self, n: int) -> slice:
         """This process's part of `n` rows, which the number of processes must divide."""
@@ -74,8 +89,52 @@ class Processes:
                 operation(part, **options)
             except RuntimeError as error:
                 raise UserError(f"process {self.rank} of {self.size} lost another one "
-                                f"({' '.join(str(error).split())[:120]})") from error
+                                f"({one_line(error)})") from error
         return part
+
+
+def own_device(local: int) -> torch.device:
+    """The GPU of this process, where there are any. Raises UserError where there are too few."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local >= (n := torch.cuda.device_count()):
+        raise UserError(f"LOCAL_RANK={local}, but this machine has {n} GPU{'s' if n > 1 else ''}; "
+                        f"start at most {n} process{'es' if n > 1 else ''} on it")
+    return torch.device("cuda", local)
+
+
+def leave_team() -> None:
+    """Close the connections, as torch's threads else abort a finished process now and then."""
+
+    def leave() -> None:
+        with contextlib.suppress(Exception):
+            dist.destroy_process_group()
+
+    thread = threading.Thread(target=leave, daemon=True)  # it may wait for ever for the others
+    thread.start()
+    thread.join(PATIENCE)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
+
+
+def report_error(text: str) -> None:
+    """The one line with which a run ends, by the first process that has this to tell."""
+    if is_first_to_tell(text):
+        console.report_error(text)
+
+
+def is_first_to_tell(text: str) -> bool:
+    """Whether no other process of a torchrun has told this; where that is unknown, it has not."""
+    if not dist.is_initialized():
+        return True
+    with contextlib.suppress(RuntimeError, ValueError):  # nobody is there to ask any more
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                              timeout=datetime.timedelta(seconds=PATIENCE),
+                              wait_for_workers=False)
+        return store.add(f"told: {text}", 1) == 1
+    return True
 
 
 class Interrupts:

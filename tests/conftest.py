@@ -42,7 +42,7 @@ def whole(small_hub, tmp_path_factory):
     """Folder in which run_1 of the small job ran undisturbed: in a process of its own, on an ASCII
     terminal, with secrets about."""
     folder = tmp_path_factory.mktemp("whole")
-    done = small.child(small_hub, folder, PYTHONIOENCODING="ascii", **small.SECRETS)
+    done = small.started(small_hub, folder, PYTHONIOENCODING="ascii", **small.SECRETS)
     assert done.returncode == 0, done.stderr[-1500:]
     (folder / "stderr").write_text(done.stderr)
     (folder / "stdout").write_text(done.stdout)

@@ -23,6 +23,7 @@ class Forked:
     def __init__(self, **environment):
         self.server = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, text=True,
+            start_new_session=True,  # Ctrl-C is pytest's
             env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment})
         self.lock = threading.Lock()
         atexit.register(self.close)

@@ -68,6 +68,7 @@ class PretendedGPU(TorchDispatchMode):
             (torch, "tensor", tensor),
             (torch.cuda, "_lazy_init", lambda: None),
             (torch.cuda, "is_available", lambda: True),
+            (torch.cuda, "device_count", lambda: 1),
             (torch.cuda, "is_bf16_supported", lambda *_: self.has_bfloat16),
         ):
             self.patches.enter_context(mock.patch.object(owner, name, value))

@@ -23,6 +23,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from forked import Forked
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -140,19 +141,35 @@ def inherited():
     return {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
 
 
-def child(hub, folder, event="x", call=0, of="never", launcher=(), streams=None, **environment):
-    """The job in a process of its own, with `folder` as the working directory.
+def surroundings(folder, **environment):
+    """The environment of a job in `folder`."""
+    return {**inherited(), "SAE_SUBSTRATE": "pythia", "SAE_BUDGET": "smoke",
+            "SAE_CACHE_DIR": str(folder / "cache"), "WANDB_MODE": "disabled",
+            "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
+
+
+def started(hub, folder, event="x", call=0, of="never", launcher=(), streams=None, **environment):
+    """The job by its command, with `folder` as the working directory.
 
     `launcher` comes before the script's name, after Python's; `streams` are options of
     subprocess.run in place of `capture_output`.
     """
-    environment = {"SAE_SUBSTRATE": "pythia", "SAE_BUDGET": "smoke",
-                   "SAE_CACHE_DIR": str(folder / "cache"), "WANDB_MODE": "disabled",
-                   "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
     return subprocess.run(
         [sys.executable, *launcher, __file__, str(hub), event, str(call), of, "--out_dir=run_1"],
-        cwd=folder, env={**inherited(), **environment}, text=True, timeout=600,
+        cwd=folder, env=surroundings(folder, **environment), text=True, timeout=600,
         **(streams or dict(capture_output=True)))
+
+
+@functools.cache
+def processes():
+    return Forked(OMP_NUM_THREADS=str(torch.get_num_threads()))
+
+
+def child(hub, folder, event="x", call=0, of="never", **environment):
+    """The same in a process that need not import everything first."""
+    arguments = [str(hub), event, str(call), of, "--out_dir=run_1"]
+    return processes().run(f"import small\nsys.exit(small.main({arguments}))", folder,
+                           surroundings(folder, **environment))
 
 
 def contents(folder):
@@ -193,9 +210,14 @@ def at_call(event, call, of, patch=setattr):
     patch(owner, name, counted)
 
 
-if __name__ == "__main__":
-    hub, event, call, of, *arguments = sys.argv[1:]
+def main(arguments):
+    """The job; returns its exit code."""
+    hub, event, call, of, *arguments = arguments
     prepare(Path(hub))
     if of != "never" and os.environ.get("RANK", "0") == os.environ.get("SMALL_RANK", "0"):
         at_call(event, int(call), of)
-    sys.exit(ex.main(arguments))
+    return ex.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

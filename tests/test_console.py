@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from small import child, contents
+from small import contents, started
 
 import experiment as ex
 from lab import console
@@ -161,7 +161,7 @@ def help_to(stdout, **environment):
 
 def test_a_run_whose_output_nobody_reads_ends_well(small_hub, whole, tmp_path, closed_pipe):
     shutil.copytree(whole / "cache", tmp_path / "cache")
-    done = child(small_hub, tmp_path, streams=dict(stdout=closed_pipe, stderr=subprocess.PIPE))
+    done = started(small_hub, tmp_path, streams=dict(stdout=closed_pipe, stderr=subprocess.PIPE))
     assert done.returncode == 0, done.stderr[-1500:]
     assert done.stderr.splitlines()[-1] == "unlearning, seed 1: done in 0 s"
     assert contents(tmp_path / "run_1") == contents(whole / "run_1")
@@ -169,7 +169,7 @@ def test_a_run_whose_output_nobody_reads_ends_well(small_hub, whole, tmp_path, c
 
 def test_a_run_without_stdout_and_stderr_ends_well(small_hub, whole, tmp_path):
     shutil.copytree(whole / "cache", tmp_path / "cache")
-    done = child(small_hub, tmp_path, streams=dict(preexec_fn=lambda: os.closerange(1, 3)))
+    done = started(small_hub, tmp_path, streams=dict(preexec_fn=lambda: os.closerange(1, 3)))
     assert done.returncode == 0
     assert contents(tmp_path / "run_1") == contents(whole / "run_1")
 

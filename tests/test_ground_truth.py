@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import experiment as ex
+from lab.sparse import ExportedSAE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
@@ -15,7 +15,7 @@ import ground_truth as gt
 WORLD, CONFIG = gt.QUICK
 
 
-def test_the_world_is_as_planted():
+def test_directions_firing_and_styles_are_as_planted():
     w_TD, sharing = WORLD.directions(), WORLD.sharing_T
     torch.testing.assert_close(w_TD.norm(dim=1), torch.ones(len(w_TD)))
     cosine = (w_TD @ w_TD.T).view(WORLD.n_groups, WORLD.group_size, WORLD.n_groups, -1)
@@ -43,65 +43,68 @@ def test_the_world_is_as_planted():
 
 @pytest.fixture
 def exact():
-    """A world whose directions are independent, and an SAE that reads it without error."""
+    """A world whose directions are independent, and what reads each of them twice without error:
+    encoder rows, biases, decoder rows, and what reads the styles."""
     world = gt.World(d_in=256, group_size=4, groups_specific=2, groups_general=2)
     w_TD = world.directions()
-    sae = ex.CustomSAE(world.d_in, 2 * len(w_TD), ex.randomness(0))
-    read_DT = torch.linalg.pinv(torch.cat([w_TD, world.styles()]))
-    with torch.no_grad():
-        sae.W_dec.copy_(torch.cat([w_TD, w_TD]))
-        sae.W_enc.copy_(read_DT[:, : len(w_TD)].repeat(1, 2))
-        sae.b_enc.copy_(torch.tensor([-0.2, -100.0]).repeat_interleave(len(w_TD)))
-    return world, sae, read_DT[:, len(w_TD) :]
+    n, read_DT = len(w_TD), torch.linalg.pinv(torch.cat([w_TD, world.styles()]))
+    return world, read_DT[:, :n].repeat(1, 2), torch.cat([w_TD, w_TD]), read_DT[:, n:]
 
 
 def test_the_truth_scores_full_marks(exact):
-    world, sae, _ = exact
-    found = gt.score(sae, world, 1.0)
+    world, W_enc, W_dec, _ = exact
+    n = len(W_dec) // 2
+    bias = torch.tensor([-0.2, -100.0]).repeat_interleave(n)  # of the copies, one never fires
+    scores = gt.score(ExportedSAE(W_enc, bias, W_dec, torch.zeros(world.d_in)), world)
     full = dict.fromkeys(("recovery", "sharing", "general", "found", "separated"), 1.0)
-    assert {name: found[name] for name in full} == pytest.approx(full)
-    assert found["purity"] > 0.98
-    assert found["correlation"] > 0.98
-    assert found["evenness"] > 0.9
-    assert found["split"] == 0
-    assert found["style"] < 0.02
+    assert {name: scores[name] for name in full} == pytest.approx(full)
+    assert scores["purity"] > 0.98
+    assert scores["correlation"] > 0.98
+    assert scores["evenness"] > 0.9
+    assert scores["split"] == 0
+    assert scores["style"] < 0.02
 
 
-def test_a_copy_for_each_domain_is_noticed(exact):
+def test_a_copy_of_general_features_for_each_domain_is_noticed(exact):
     """Features that read how a text is written besides what it says: the cheat."""
-    world, sae, style_DK = exact
-    with torch.no_grad():
-        for k, part in enumerate(torch.arange(sae.d_sae).chunk(2)):
-            sae.W_enc[:, part] += 9 * style_DK[:, k : k + 1]
-            sae.b_enc[part] = -9.2
-    found = gt.score(sae, world, 1.0)
-    assert found["split"] == int((world.domain_T == gt.GENERAL).sum())
-    assert found["evenness"] < 0.1
-    assert found["style"] > 0.2  # the text of the other domain's things, but for the general ones
+    world, W_enc, W_dec, style_DK = exact
+    W_enc = W_enc + 9 * style_DK.repeat_interleave(len(W_dec) // 2, dim=1)
+    bias = torch.full((len(W_dec),), -9.2)
+    scores = gt.score(ExportedSAE(W_enc, bias, W_dec, torch.zeros(world.d_in)), world)
+    assert scores["split"] == int((world.domain_T == gt.GENERAL).sum())
+    assert scores["evenness"] < 0.1
+    assert scores["style"] > 0.2  # the text of the other domain's things, but for the general ones
 
 
-def test_training_finds_the_dictionary():
-    lines = {
-        name: changes for name, changes in gt.settings((0.05,)).items()
-        if name in ("off", "fixed 0.05", "adaptive 0.05", "max_cosine 0.25")
-    }
-    assert len(lines) == 4
-    found = {name: scores[0] for name, scores in gt.measure(WORLD, CONFIG, lines, [0]).items()}
-    for scores in found.values():
+def measured(**lines):
+    """Scores of the first seed in the small world, by line."""
+    return {name: scores[0] for name, scores in gt.measure(WORLD, CONFIG, lines, [0]).items()}
+
+
+def test_every_mode_finds_the_dictionary():
+    lines = gt.settings((0.05,))
+    modes = ("off", "gram_encoder 0.05", "fixed 0.05", "adaptive 0.05", "max_cosine 0.25")
+    results = measured(**{name: lines[name] for name in modes})
+    for scores in results.values():
         assert scores["recovery"] > 0.7
         assert scores["l0"] == pytest.approx(WORLD.l0(), rel=0.15)
         assert scores["split"] <= 0.1 * WORLD.groups_general * WORLD.group_size
-    assert found["adaptive 0.05"]["purity"] > found["off"]["purity"]
-    assert len(gt.table({name: [scores] for name, scores in found.items()}).splitlines()) == 6
+    assert results["adaptive 0.05"]["purity"] > results["off"]["purity"]
+
+
+def test_the_table_has_a_line_for_every_setting_with_errors_over_seeds():
+    head, _, one, two = gt.table({"off": [{"recovery": 0.5}],
+                                  "fixed": [{"recovery": 1.0}, {"recovery": 0.5}]}).splitlines()
+    assert head == "| | recovery |"
+    assert (one, two) == ("| off | 0.500 |", "| fixed | 0.750 ± 0.250 |")
 
 
 def test_the_use_term_makes_features_purer_and_sharing_restrains_it():
     """By itself it also splits general features in two, which is what sharing is for."""
-    lines = {"off": dict(orthogonality="off", alpha=0.0),
-             "shared": dict(orthogonality="adaptive", alpha=0.05),
-             "not shared": dict(orthogonality="adaptive", alpha=0.05, share_max=0.0)}
-    found = {name: scores[0] for name, scores in gt.measure(WORLD, CONFIG, lines, [0]).items()}
-    purity, split, evenness = ({name: scores[key] for name, scores in found.items()}
+    results = measured(**{"off": dict(orthogonality="off", alpha=0.0),
+                          "shared": dict(orthogonality="adaptive", alpha=0.05),
+                          "not shared": dict(orthogonality="adaptive", alpha=0.05, share_max=0.0)})
+    purity, split, evenness = ({name: scores[key] for name, scores in results.items()}
                                for key in ("purity", "split", "evenness"))
     assert purity["not shared"] > purity["off"] + 0.05
     assert split["shared"] < split["not shared"]

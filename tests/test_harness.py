@@ -1,6 +1,8 @@
-"""Used as the AI-Scientist harness uses a template: copied, run, read, drawn, its errors fed back.
+"""Used as an agent's harness uses a template: copied, run, read, drawn, its errors fed back.
 
-The harness knows a command, an exit code, a file and the end of stderr, and nothing else of us.
+The harness knows a command, an exit code, a file, which it reads raw as the one that made run_0
+did, and the end of stderr; nothing else of us. The published AI-Scientist harness expects an entry
+with means of its own under every top-level key, which run_0 has not either.
 """
 
 import json
@@ -11,7 +13,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import small
 
 ROOT = Path(__file__).resolve().parent.parent
 FED_BACK = 1500  # characters of stderr
@@ -34,25 +35,19 @@ class Harness:
         self.folder = folder
         self.environment = {
             "HUB": str(hub), "TESTS": str(ROOT / "tests"), "SAE_SUBSTRATE": "pythia",
-            "SAE_BUDGET": "smoke", "WANDB_MODE": "disabled",
-        }  # fmt: skip
+            "SAE_BUDGET": "smoke", "WANDB_MODE": "disabled"}
         script = (ROOT / "experiment.py").read_text()
         assert script.count(GUARD) == 1
         (folder / "experiment.py").write_text(script.replace(GUARD, SMALL_GUARD))
-        for name in ("plot.py", "requirements-standin.txt"):
-            shutil.copy(ROOT / name, folder)
-        shutil.copytree(ROOT / "run_0", folder / "run_0")
+        shutil.copy(ROOT / "plot.py", folder)
+        for name in ("lab", "run_0"):
+            shutil.copytree(ROOT / name, folder / name)
 
     def command(self, *arguments, limit=600, **environment):
         return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=self.folder,
-            env={**os.environ, **self.environment, **environment},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=limit,
-        )
+            [sys.executable, *arguments], cwd=self.folder, text=True, timeout=limit,
+            env={**os.environ, **self.environment, **environment}, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE)
 
     def run(self, number, **environment):
         """Exit code, and the results of a run that ended well or what is fed back of another."""
@@ -66,14 +61,14 @@ class Harness:
 
 
 @pytest.fixture(scope="module")
-def harness(tmp_path_factory):
-    hub = tmp_path_factory.mktemp("hub")
-    small.local_hub(hub)
-    return Harness(tmp_path_factory.mktemp("idea"), hub)
+def harness(small_hub, tmp_path_factory):
+    return Harness(tmp_path_factory.mktemp("idea"), small_hub)
 
 
 def check_results(info):
-    """Means and standard errors as templates have them: a number, or null, under each name."""
+    """Means and standard errors as templates have them: a number, or null, under each name; beside
+    them what run_0 has."""
+    assert set(json.loads((ROOT / "run_0" / "final_info.json").read_text())) <= set(info)
     assert set(info["means"]) == set(info["stderrs"])
     for name in ("unlearning_area", "kappa_median", "explained_variance", "sae_test_accuracy"):
         assert isinstance(info["means"][name], float), name
@@ -92,8 +87,9 @@ def test_a_study_from_the_harness(harness):
     check_results(info)
     code, fed_back = harness.run(11)  # the model may ask for a run that does not exist
     assert code == 1
-    assert "'run_11'" in fed_back
-    assert "run_10" in fed_back
+    assert fed_back.startswith("error: --out_dir ends in 'run_11', which is no row of the table")
+    assert [line.split()[0] for line in fed_back.splitlines()[1:]] == [
+        f"run_{i}" for i in range(1, 11)]
     assert not (harness.folder / "run_11").exists()
     code, info = harness.run(8)
     assert code == 0
@@ -127,18 +123,11 @@ CustomTrainer.step = broken
     assert "in broken" in fed_back  # where it happened, not only what
     assert "\r" not in fed_back  # no progress bar
     assert "it/s" not in fed_back
+    assert "training, seed 0: begins" in fed_back
     (harness.folder / "repaired").touch()
     code, info = harness.run(2)
     assert (code, info["run"]) == (0, "run_2")
     script.write_text(whole)
-
-
-def test_bad_input_is_fed_back_in_one_line_without_a_traceback(harness):
-    code, fed_back = harness.run(3, SAE_BUDGET="endless")
-    assert code == 1
-    assert fed_back.startswith("error: ")
-    assert "endless" in fed_back
-    assert fed_back.count("\n") == 1
 
 
 def test_labels_are_the_first_thing_to_edit_in_plot(harness):

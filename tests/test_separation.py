@@ -1,6 +1,7 @@
 """Targeted probe perturbation and spurious correlation removal against plain computations, cases
 worked by hand and data in which the truth is planted."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +29,8 @@ SHARED = [[1, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 1, 0]]  # every one i
 WIDTH, TOKENS = 32, 5
 SIZE = 6.0  # of a class's direction: probes start near zero and take steps of 0.001
 TOTAL, INTENDED, UNINTENDED = (f"tpp_threshold_{{}}_{kind}" for kind in separation.TPP_KINDS)
+CONTRAST = "tpp_contrast_threshold_{}_total_metric"
+NOTHING = np.zeros(WIDTH)  # the level of features that are set to zero
 
 
 def substrate_in(folder):
@@ -105,12 +108,12 @@ def given_probes(monkeypatch, **probes):
     monkeypatch.setattr(separation, "trained_probes", lambda *_: made)
 
 
-def ablated_residuals(sae, texts, chosen):
-    """Pooled residuals [O, D] after the chosen features are set to zero token by token."""
+def ablated_residuals(sae, texts, chosen, level=0.0):
+    """Pooled residuals [O, D] after the chosen features are set to a level token by token."""
     x = texts.acts_ND.double()
     f = torch.relu((x - sae.b_dec) @ sae.W_enc.double() + sae.b_enc)
     error = x - (f @ sae.W_dec.double() + sae.b_dec)
-    f[:, chosen] = 0
+    f[:, chosen] = level
     changed = f @ sae.W_dec.double() + sae.b_dec + error
     return torch.stack([changed[texts.owner_N == i].mean(0) for i in range(len(texts.labels))])
 
@@ -120,7 +123,7 @@ def plain_accuracy(x_OD, labels, probe, index, label):
     return float(((logit > 0).numpy() == (labels[index] == label)).mean())
 
 
-def plain_perturbation(sae, texts, tasks, probes, n):
+def plain_perturbation(sae, texts, tasks, probes, n, contrast=False):
     """Total, intended and unintended at n, as SAEBench describes them, token by token."""
     x = texts.acts_ND.double()
     f = torch.relu((x - sae.b_dec) @ sae.W_enc.double() + sae.b_enc)
@@ -132,7 +135,8 @@ def plain_perturbation(sae, texts, tasks, probes, n):
         gap = (train[inside].mean(0) - train[~inside].mean(0)).clamp(min=0)
         effect = gap * (sae.W_dec.double() @ torch.tensor(probes[label].weight_D).double())
         best = effect.argsort(descending=True)[:n]
-        before, after = (ablated_residuals(sae, texts, chosen)
+        level = train[~inside].mean(0) * contrast
+        before, after = (ablated_residuals(sae, texts, chosen, level[chosen])
                          for chosen in (best[:0], best[effect[best] > 0]))
         lost = {other: plain_accuracy(before, texts.labels, probes[other], its["test"], other)
                 - plain_accuracy(after, texts.labels, probes[other], its["test"], other)
@@ -148,10 +152,12 @@ def test_numbers_are_those_of_residuals_ablated_token_by_token(substrate):
     tasks = probe_tasks(texts, substrate.sizes)[0]
     probes = trained_probes(substrate, pooled_for(sae, texts), tasks)
     assert len({result[TOTAL.format(n)] for n in (2, 5, 10, 20)}) == 4  # there is something to see
-    for n in N_VALUES:
+    for n in (2, 5, 20, 500):
         expected = plain_perturbation(sae, texts, tasks, probes, n)
         for key, value in zip((TOTAL, INTENDED, UNINTENDED), expected):
             assert result[key.format(n)] == pytest.approx(value, abs=1e-9)
+        contrast = plain_perturbation(sae, texts, tasks, probes, n, contrast=True)[0]
+        assert result[CONTRAST.format(n)] == pytest.approx(contrast, abs=1e-9)
 
 
 def test_ablation_keeps_the_error_of_the_sae(substrate):
@@ -202,7 +208,7 @@ def test_only_features_that_push_the_probe_towards_the_class_are_ablated(substra
     monkeypatch.setattr(separation, "accuracies", lambda *given: seen.append(given[3].tolist())
                         or np.zeros(1 + len(N_VALUES)))
     evaluate_separation(pooled.sae, substrate, [pooled])
-    assert seen == [[]] * 9
+    assert seen == [[]] * 3 * 3 * 2
 
 
 def test_features_are_zeroed_in_the_order_of_their_effects():
@@ -212,14 +218,14 @@ def test_features_are_zeroed_in_the_order_of_their_effects():
     pooled, index = pooled_for(identity_sae(), texts), np.array([0, 1])
     probe = Probe(np.array([1, 1, 1, 1], dtype=np.float32), -1.1)
     for ranked, expected in (([0, 1, 2], [1.0, 0.5, 0.5]), ([1, 3, 2], [1.0, 1.0, 0.5])):
-        before_two_five = accuracies(pooled, probe, index, np.array(ranked))[:3]
+        before_two_five = accuracies(pooled, probe, index, np.array(ranked), NOTHING)[:3]
         assert before_two_five.tolist() == expected
 
 
 def test_accuracy_stays_where_no_feature_is_ablated():
     pooled = pooled_for(identity_sae(), shared_world())
     probe = Probe(np.array([1, 0, 0, 0], dtype=np.float32), -0.5)
-    found = accuracies(pooled, probe, np.array([0, 1, 4, 5]), np.array([], dtype=int))
+    found = accuracies(pooled, probe, np.array([0, 1, 4, 5]), np.array([], dtype=int), NOTHING)
     assert found.tolist() == [1.0] * (1 + len(N_VALUES))
 
 
@@ -227,6 +233,7 @@ def test_features_of_their_own_separate_classes(substrate):
     result = evaluate_separation(sae_of(orthonormal(4)), substrate, [planted_set()])
     assert result[TOTAL.format(2)] > 0.4
     assert abs(result[UNINTENDED.format(2)]) < 0.02
+    assert result[CONTRAST.format(2)] > 0.4
 
 
 def test_features_that_classes_share_are_unintended(substrate):
@@ -243,6 +250,15 @@ def test_features_that_fire_on_everything_alike_score_nothing(substrate, n):
     result = evaluate_separation(sae, substrate, [planted_set()])
     assert abs(result[TOTAL.format(n)]) < 0.02
     assert abs(result[INTENDED.format(n)]) < 0.02
+
+
+@pytest.mark.parametrize("n", N_VALUES)
+def test_by_contrast_features_that_fire_on_everything_score_nothing_however_strong(substrate, n):
+    """Set to zero, they shift the probes that their directions happen to touch."""
+    sae = sae_of(orthonormal(WIDTH)[4:], b_enc=20.0)
+    result = evaluate_separation(sae, substrate, [planted_set()])
+    assert abs(result[CONTRAST.format(n)]) < 0.02
+    assert result[TOTAL.format(n)] > 0.1
 
 
 def test_features_that_are_constant_score_nothing(substrate):
@@ -287,9 +303,7 @@ def test_no_test_text_has_a_part_in_probes_or_in_the_choice_of_features(substrat
     ours, theirs = (trained_probes(substrate, pooled, tasks) for pooled in both)
     for label in tasks:
         assert np.array_equal(ours[label].weight_D, theirs[label].weight_D)
-        gaps = [separation.difference_of_means(pooled.features_OF, tasks[label]["train"])
-                for pooled in both]
-        assert np.array_equal(*gaps)
+        assert np.array_equal(*(separation.class_means(pooled, tasks[label]) for pooled in both))
 
 
 def test_a_probe_is_right_on_classes_that_differ_and_the_same_each_time(generator):
@@ -351,6 +365,20 @@ def test_pooled_features_of_another_sae_are_refused(substrate):
     pooled = pooled_for(random_sae(), planted_set())
     with pytest.raises(ValueError, match="planted has the features of another SAE"):
         evaluate_separation(random_sae(seed=3), substrate, [pooled])
+
+
+def test_a_run_pools_texts_once_an_sae_and_reports_separation(job, monkeypatch, tmp_path):
+    widths, pooled = [], ProbeSet.pooled
+    monkeypatch.setattr(ProbeSet, "pooled", lambda texts, add_, width:
+                        widths.append(width) or pooled(texts, add_, width))
+    assert job() == 0
+    info = json.loads((tmp_path / "run_1" / "final_info.json").read_text())
+    assert widths.count(info["dict_size"]) == len(info["seeds"]) == 2
+    names = [name for name in separation.tpp_names() if "contrast" not in name]
+    assert info["eval_result_metrics"]["tpp_metrics"] == {name: info["means"][name]
+                                                          for name in names}
+    assert all(part["details"][0]["dataset_name"] == "fancyzhx/ag_news_tpp_results"
+               for part in info["separation"]["per_seed"])
 
 
 # Spurious correlation removal
@@ -433,12 +461,16 @@ def test_features_that_mix_class_and_attribute_cannot_remove_it(substrate):
     assert scr(result, "dir1", 5) < 0.3
 
 
-def test_tasks_of_a_pair_are_of_equal_size_and_balanced_but_for_the_bias(substrate):
-    texts = attributed_set()
-    tasks = correlated_tasks(pooled_for(random_sae(), texts), substrate.sizes)["a_b"]
+@pytest.mark.parametrize(("asked", "train", "test"), [(4000, 500, 160), (100, 100, 100)])
+def test_tasks_of_a_pair_are_of_equal_size_and_balanced_but_for_the_bias(asked, train, test):
+    """There are 250 and 80 texts a quadrant; the biased task needs its two twice."""
+    texts, sizes = attributed_set(), Sizes(probe_train=asked, probe_test=asked)
+    tasks = correlated_tasks(pooled_for(random_sae(), texts), sizes)["a_b"]
     for name, task in tasks.items():
-        for part, index in task.items():
-            assert len(index) == len(set(index.tolist())) == 500 if part == "train" else 160
+        for part, count in (("train", train), ("test", test)):
+            index = task[part]
+            assert len(index) == len(set(index.tolist())) == count
+            assert set(texts.parts[index]) == {part}
             positive, negative = np.split(index, 2)
             of_class, of_attribute = ({part: np.mean(values[side] == one) for part, side in
                                        (("positive", positive), ("negative", negative))}

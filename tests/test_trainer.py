@@ -397,7 +397,7 @@ def test_dead_features_are_given_a_new_life(small_config):
     for t in range(60):
         trainer.step(*batch(z, domain, t))
     assert int((trainer.state["silent_F"][:40] > 20).sum()) < 8
-    W_dec = trainer.sae.W_dec[:40]
+    W_dec = trainer.sae.W_dec[:40].detach()
     assert float((W_dec @ W_dec.T - torch.eye(40)).max()) < 0.999  # no twins
 
 

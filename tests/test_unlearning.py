@@ -22,6 +22,7 @@ from lab.evaluations.unlearning import (
     evaluate_unlearning,
     feature_statistics,
     matched_features,
+    rises,
     select_features,
     summarize_unlearning,
     too_few,
@@ -273,9 +274,14 @@ def test_every_setting_is_measured_and_what_it_was_chosen_on_is_recorded(heldout
     settings = [(s["threshold"], s["n_features"], s["multiplier"]) for s in results["settings"]]
     assert settings == [(t, n, m) for t in (0.3, 0.6) for n in SET_SIZES for m in MULTIPLIERS]
     assert results["frequency_tokens"] == {"forget": 128, "retain": 100}
-    for setting in results["settings"]:
+    for setting, rise_R in zip(results["settings"], results["samples"]["forget_rise"]):
         features = select_features(statistics.rate_KF, setting["threshold"], setting["n_features"])
         assert setting["n_selected"] == len(features)
+        # a feature becomes −multiplier times its mean where it fires on forget text
+        clamp = Clamp(features, -setting["multiplier"] * statistics.size_F[features])
+        expected_R = rises(sae, heldout, clamp)[heldout.domain_R == FORGET]
+        assert rise_R == pytest.approx(expected_R.tolist(), abs=1e-4)
+        assert setting["forget_ce_rise"] == pytest.approx(float(expected_R.mean()), abs=1e-5)
     assert results["selected"] == {
         str(t): select_features(statistics.rate_KF, t, max(SET_SIZES)).tolist()
         for t in (0.3, 0.6)}

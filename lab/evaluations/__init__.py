@@ -47,7 +47,7 @@ def evaluate(saes: Mapping[int, ExportedSAE], substrate: Substrate,
     weights = {seed: checksum(sae.tensors(), "") for seed, sae in saes.items()}
 
     def result(one: Callable, seed: int) -> dict[str, Any]:
-        causes = (weights[seed], seed, code_digest(one, ExportedSAE, HeldOut, Substrate),
+        causes = (weights[seed], seed, code_digest(one, ExportedSAE, Substrate),
                   *evaluations[one].causes)
         return substrate.cached(
             f"results/{names[one]}-{seed}",

@@ -45,12 +45,16 @@ def evaluate_separation(sae: ExportedSAE, substrate: Substrate,
     Targeted probe perturbation and, where texts carry a second attribute, spurious correlation
     removal: Karvonen et al. 2024, SAEBench's `scr_and_tpp`. No loss sees these labels. Numbers
     are means over classes (SCR: pairs), then sets; `details` has each set's, `skipped` the sets
-    that TPP leaves out. Probes are SAEBench's linear probes on pooled residuals. Otherwise than
-    there:
+    that TPP leaves out. Probes are SAEBench's linear probes on pooled residuals.
+
+    `tpp_contrast_…` is ours: features are set not to zero but to their mean over training texts of
+    other classes. Zero also takes what a feature has on every text, which shifts a probe by a
+    constant and costs accuracy although the classes stay as far apart as they were.
+
+    Otherwise than in SAEBench:
 
     - A probe is taken after its last epoch. SAEBench takes the epoch of best test accuracy.
-    - Accuracies before and after are of the same texts. SAEBench draws the negatives anew each
-      time, which adds noise.
+    - Accuracies before and after are of the same texts. SAEBench draws the negatives anew.
     - Only features with an effect above zero are ablated. Where there are fewer than n, SAEBench
       fills up with others, in no order.
     - Padding takes no part. SAEBench ablates there as well, what fires on a residual of zero.
@@ -76,7 +80,9 @@ def evaluate_separation(sae: ExportedSAE, substrate: Substrate,
 
 
 def tpp_names() -> list[str]:
-    return [f"tpp_threshold_{n}_{kind}" for kind in TPP_KINDS for n in N_VALUES]
+    """SAEBench's, and ours."""
+    return ([f"tpp_threshold_{n}_{kind}" for kind in TPP_KINDS for n in N_VALUES]
+            + [f"tpp_contrast_threshold_{n}_total_metric" for n in N_VALUES])
 
 
 def scr_names() -> list[str]:
@@ -89,22 +95,26 @@ def means(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, 
 
 def perturbation(texts: PooledSet, tasks: Tasks, probes: Mapping[str, Probe]) -> dict[str, float]:
     """TPP of one set. A feature's effect on class i is max(0, mean f̄ of positives − of negatives)
-    × (probe_i · w) on training texts; the class's top n are set to zero in every test text.
+    × (probe_i · w) on training texts; the class's top n are set to zero in every test text, or
+    to the mean of negatives (`contrast`), which moves positive texts by just these effects.
 
     Intended is the accuracy that probe i loses on its own task, unintended the mean of what the
     others lose on theirs, both signed.
     """
-    lost_CCN = np.empty((len(tasks), len(tasks), len(N_VALUES)))
+    lost_LCCN = np.empty((2, len(tasks), len(tasks), len(N_VALUES)))  # two levels
     for i, (label, task) in enumerate(tasks.items()):
-        gap_F = np.maximum(difference_of_means(texts.features_OF, task["train"]), 0)
+        positive_F, negative_F = class_means(texts, task)
+        gap_F = np.maximum(positive_F - negative_F, 0)
         ranked = ranked_features(gap_F * pull(texts.sae, probes[label]))
         for j, (other, its) in enumerate(tasks.items()):
-            accuracy = accuracies(texts, probes[other], its["test"], ranked)
-            lost_CCN[i, j] = accuracy[0] - accuracy[1:]
-    intended_CN = np.einsum("iin->in", lost_CCN)
-    unintended_CN = (lost_CCN.sum(1) - intended_CN) / (len(tasks) - 1)
-    kinds = intended_CN - unintended_CN, intended_CN, unintended_CN
-    return dict(zip(tpp_names(), np.concatenate([part.mean(0) for part in kinds]).tolist()))
+            for lost_CCN, level_F in zip(lost_LCCN, (0 * gap_F, negative_F)):
+                accuracy = accuracies(texts, probes[other], its["test"], ranked, level_F)
+                lost_CCN[i, j] = accuracy[0] - accuracy[1:]
+    intended_LCN = np.einsum("liin->lin", lost_LCCN)
+    unintended_LCN = (lost_LCCN.sum(2) - intended_LCN) / (len(tasks) - 1)
+    zero, contrast = (intended_LCN - unintended_LCN).mean(1)
+    numbers = zero, intended_LCN[0].mean(0), unintended_LCN[0].mean(0), contrast
+    return dict(zip(tpp_names(), np.concatenate(numbers).tolist()))
 
 
 def correlation_removal(texts: PooledSet, tasks: Tasks,
@@ -118,9 +128,9 @@ def correlation_removal(texts: PooledSet, tasks: Tasks,
     """
     scores, before = [], []
     for target, other in (("class", "attribute"), ("attribute", "class")):
-        gap_F = difference_of_means(texts.features_OF, tasks[other]["train"])
+        gap_F = np.subtract(*class_means(texts, tasks[other]))
         ranked = ranked_features(np.abs(gap_F * pull(texts.sae, probes[other])))
-        biased, clean = (accuracies(texts, probes[name], tasks[target]["test"], ranked)
+        biased, clean = (accuracies(texts, probes[name], tasks[target]["test"], ranked, 0 * gap_F)
                          for name in (BIASED, target))
         gained_N, lacking = biased[1:] - biased[0], clean[0] - biased[0]
         scores.append(gained_N / lacking if lacking >= LEAST_GAP else 0 * gained_N)
@@ -129,10 +139,9 @@ def correlation_removal(texts: PooledSet, tasks: Tasks,
     return dict(zip(scr_names(), np.concatenate([worse, *scores]).tolist()))
 
 
-def difference_of_means(features_OF: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Mean of the positive texts of a task, which come first, less that of the negative ones."""
-    positive, negative = np.split(index, 2)
-    return features_OF[positive].mean(0) - features_OF[negative].mean(0)
+def class_means(texts: PooledSet, task: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """Mean pooled activations [F] of a task's positive and of its negative training texts."""
+    return [texts.features_OF[half].mean(0) for half in np.split(task["train"], 2)]
 
 
 def pull(sae: ExportedSAE, probe: Probe) -> np.ndarray:
@@ -146,16 +155,17 @@ def ranked_features(effect_F: np.ndarray) -> np.ndarray:
     return order[effect_F[order] > 0]
 
 
-def accuracies(texts: PooledSet, probe: Probe, index: np.ndarray,
-               ranked: np.ndarray) -> np.ndarray:
-    """A probe's accuracy on a task's texts: as they are, then without the first n ranked features,
-    for every n of N_VALUES.
+def accuracies(texts: PooledSet, probe: Probe, index: np.ndarray, ranked: np.ndarray,
+               level_F: np.ndarray) -> np.ndarray:
+    """A probe's accuracy on a task's texts: as they are, then with the first n ranked features set
+    to a level, for every n of N_VALUES.
 
-    The SAE's error stays. Pooling is linear, so the pooled residual becomes x̄ − Σ_j f̄_j w_j
-    exactly, whatever the tokens.
+    The SAE's error stays. Pooling is linear, so the pooled residual becomes
+    x̄ − Σ_j (f̄_j − level_j) w_j exactly, whatever the tokens.
     """
     effect_R = (texts.sae.W_dec[ranked].numpy() @ probe.weight_D).astype(np.float64)
-    removed_OR = np.cumsum(texts.features_OF[np.ix_(index, ranked)] * effect_R, axis=1)
+    above_OR = texts.features_OF[np.ix_(index, ranked)] - level_F[ranked]
+    removed_OR = np.cumsum(above_OR * effect_R, axis=1)
     removed_OR = np.pad(removed_OR, ((0, 0), (1, 0)))
     counts = [0, *(min(n, len(ranked)) for n in N_VALUES)]
     logit_O = texts.residuals_OD[index] @ probe.weight_D + probe.bias
@@ -208,7 +218,7 @@ def trained_probes(substrate: Substrate, texts: PooledSet, tasks: Tasks) -> dict
 
     chosen = digest([(name, index.tolist()) for name, index in train.items()])
     kept = substrate.cached(f"separation-probes-{texts.name.replace('/', '_')}", build,
-                            texts.causes, chosen, code_digest(train_probe, ProbeSet))[0]
+                            texts.causes, chosen, code_digest(trained_probes, ProbeSet))[0]
     return {name: Probe(row[:-1].numpy(), float(row[-1])) for name, row in
             zip(train, kept["probes"])}
 

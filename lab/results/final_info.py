@@ -184,9 +184,9 @@ def sae_bench_part(info: Info, substrate: Substrate, probing: list[dict]) -> Inf
                       info["means"].get(f"{side}_{kind}test_accuracy")
                       for kind in ("", *(f"top_{k}_" for k in (*K_VALUES, 100)))}
                for side in ("llm", "sae")}
-    for name in ("tpp", "scr"):
-        if found := {key: mean for key, mean in info["means"].items() if key.startswith(name)}:
-            metrics[f"{name}_metrics"] = found
+    for name, prefix in (("tpp_metrics", "tpp_threshold_"), ("scr_metrics", "scr_")):
+        if found := {key: mean for key, mean in info["means"].items() if key.startswith(prefix)}:
+            metrics[name] = found
     return {
         "eval_type_id": "sparse_probing",
         "eval_config": probing_config(substrate, details),
