@@ -281,12 +281,22 @@ def test_a_setting_that_was_not_measured_everywhere_it_clamps_is_left_out(kind):
         assert all(np.isfinite(rises).all() for rises in made.rises.values())
 
 
+def test_a_cost_by_itself_needs_no_other_text_to_be_measured():
+    one = feature_set()
+    one["rise"]["news"][1][1] = float("nan")
+    for kept, n in ((None, 1), (["news"], 1), (["retain"], 2)):
+        made = variants(part_of(one), 10, dynamic=False, kept=kept)
+        assert len(made.labels) == n
+        assert {len(rises) for rises in made.rises.values()} == {n}
+
+
 def test_tables_hold_forget_rises_then_all_that_must_stay():
     gain, retain, news = text_tables(part_of(feature_set()), 10, dynamic=False)
     assert gain.tolist() == [[1, 2], [3, 5]]  # in the first context 4 is more than 3, the reference
     assert retain.tolist() == [[0, 0.3], [0, 0.9]]
     assert news.tolist() == [[0.1, 0.2], [0.3, 0.4]]
-    assert len(text_tables(part_of(feature_set()), 10, dynamic=False, labelled=True)) == 2
+    alone = text_tables(part_of(feature_set()), 10, dynamic=False, kept=["news"])
+    assert [table.tolist() for table in alone] == [gain.tolist(), news.tolist()]
 
 
 def test_destroying_one_context_does_not_make_up_for_what_is_known_in_another():

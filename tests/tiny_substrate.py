@@ -101,3 +101,36 @@ def random_sae(d=WIDTH, f=128, bias=-0.5, seed=0):
                     for _ in range(2))
     return ExportedSAE(W_enc.T.contiguous(), torch.full((f,), bias), W_dec,
                        0.1 * torch.randn(d, generator=g))
+
+
+class KnowingSource(TinySource):
+    """Its model is sure of what comes next."""
+
+    def load_model(self, dtype):
+        model, tokenizer = super().load_model(dtype)
+        model.model.norm.weight.data.mul_(6)
+        return model, tokenizer
+
+
+def knowing_substrate(folder, questions=QUESTIONS, **sizes):
+    """All of its text is written by its model, which so loses by any change of its residuals."""
+    substrate = Substrate(KnowingSource(questions=questions), Sizes(**{**SIZES, **sizes}),
+                          Cache(folder), Processes())
+    for half in ("learn", "ask"):
+        contexts = getattr(substrate, half)
+        tokens_NT, g = contexts.tokens_NT.long(), randomness("knowing", half)
+        for t in range(1, tokens_NT.shape[1]):
+            before = tokens_NT[:, :t]
+            h_ND = substrate.lm.final(before, substrate.lm.residual(before))[:, -1]
+            chance_NV = (h_ND @ substrate.lm.head.weight.T).float().softmax(1)
+            tokens_NT[:, t] = torch.multinomial(chance_NV, 1, generator=g)[:, 0]
+        substrate.__dict__[half] = contexts._replace(tokens_NT=tokens_NT.int())
+    return substrate
+
+
+def rare_sae(x, quantile=0.97, seed=0, scale=1.0):
+    """Each feature fires on the residuals x [N, D] where it is above this quantile."""
+    sae = random_sae(bias=0.0, seed=seed)
+    before_NF = (x - sae.b_dec) @ sae.W_enc
+    return ExportedSAE(sae.W_enc, -before_NF.quantile(quantile, dim=0), scale * sae.W_dec,
+                       sae.b_dec)

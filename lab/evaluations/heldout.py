@@ -20,10 +20,10 @@ class HeldOut:
     """Ask-half contexts with their residuals and the unmodified model's losses, and questions.
 
     tokens [N, T], domain [N], x [N, T, D] raw residuals, keep [N, T] (no attention sink). Losses
-    [R, T - 1] in nats are of the R frontier contexts, whose indices are `rows`: `base` unmodified,
-    `zero` with all kept residuals set to zero, `blank` with all set to their mean on learn retain
-    text, which is what a model that knows nothing of a context at the hook would have. `guard_x`
-    and `guard_keep` are of contexts of learn retain text.
+    [R, L - 1] in nats are of the first L tokens of the R frontier contexts, whose indices are
+    `rows`: `base` unmodified, `zero` with all kept residuals set to zero, `blank` with all set to
+    their mean on learn retain text, which is what a model that knows nothing of a context at the
+    hook would have. `guard_x` and `guard_keep` are of as many tokens of learn retain contexts.
     """
 
     def __init__(self, substrate: Substrate):
@@ -34,7 +34,8 @@ class HeldOut:
         """What determines residuals and losses."""
         substrate = self.substrate
         return (*substrate.causes, substrate.ask.checksum(), substrate.learn.checksum(),
-                substrate.sizes.frontier_contexts, substrate.sizes.guard_contexts,
+                substrate.sizes.frontier_contexts, substrate.sizes.frontier_length,
+                substrate.sizes.guard_contexts,
                 substrate.sink_norm, code_digest(read_text, LanguageModel, Substrate))
 
     @functools.cached_property
@@ -64,6 +65,10 @@ class HeldOut:
         """Domains of the frontier contexts."""
         return self["domain"][self["rows"]]
 
+    def of_frontier(self, name: str) -> Tensor:
+        """Tokens, residuals or `keep` of the first L tokens of the frontier contexts, [R, L, …]."""
+        return self[name][self["rows"], : self.substrate.sizes.frontier_length]
+
     def residuals(self, *domains: int) -> Tensor:
         """Raw residuals [N, D] of these domains' text, forget and retain unless told, sinks left
         out."""
@@ -73,14 +78,13 @@ class HeldOut:
     @functools.cached_property
     def frontier(self) -> PromptTrees:
         """The contexts whose cross-entropy is measured, each a prompt without continuations."""
-        rows = self["rows"]
-        tokens_RT = self["tokens"][rows].long()
+        tokens_RT = self.of_frontier("tokens").long()
         n, T = tokens_RT.shape
         index_RT = torch.arange(n * T).view(n, T)
         branch_RT, place_RT = BRANCHES * (index_RT // T), index_RT % T
         return PromptTrees(tokens_RT.flatten(), branch_RT.flatten(), place_RT.flatten(),
                            tokens_RT[:, 1:].flatten(), branch_RT[:, 1:].flatten(),
-                           index_RT[:, :-1].flatten(), self["x"][rows].flatten(0, 1),
+                           index_RT[:, :-1].flatten(), self.of_frontier("x").flatten(0, 1),
                            -self["base"].flatten())
 
     @functools.cached_property
@@ -94,21 +98,21 @@ class HeldOut:
 def read_text(substrate: Substrate) -> dict[str, Tensor]:
     """Residuals of all ask-half contexts; the frontier contexts, the first of each domain, and
     their losses."""
-    lm, ask, learn = substrate.lm, substrate.ask, substrate.learn
-    guards = learn.tokens_NT[learn.domain_N == RETAIN][: substrate.sizes.guard_contexts]
-    parts = [*ask.tokens_NT.split(32), *guards.split(32)]
-    x = torch.cat([lm.residual(part) for part in progress(parts, "held-out residuals")])
-    keep = substrate.is_plain(x)
-    (x, guard_x), (keep, guard_keep) = (part.split([len(ask.tokens_NT), len(guards)])
-                                        for part in (x, keep))
-    rows = torch.cat([(ask.domain_N == k).nonzero()[: substrate.sizes.frontier_contexts, 0]
+    lm, ask, learn, sizes = substrate.lm, substrate.ask, substrate.learn, substrate.sizes
+    guards = learn.tokens_NT[learn.domain_N == RETAIN][: sizes.guard_contexts]
+    x, guard_x = (torch.cat([lm.residual(part) for part in progress(tokens.split(32), what)])
+                  for tokens, what in ((ask.tokens_NT, "held-out residuals"),
+                                       (guards[:, : sizes.frontier_length], "guard residuals")))
+    keep, guard_keep = substrate.is_plain(x), substrate.is_plain(guard_x)
+    rows = torch.cat([(ask.domain_N == k).nonzero()[: sizes.frontier_contexts, 0]
                       for k in range(len(substrate.domains))])
-    tokens, kept = ask.tokens_NT[rows], keep[rows][..., None]
+    tokens, read, kept = (part[rows, : sizes.frontier_length]
+                          for part in (ask.tokens_NT, x, keep[..., None]))
     mean_D = guard_x[guard_keep].float().mean(0).to(x.dtype)
     return {"x": x.cpu(), "keep": keep.cpu(), "guard_x": guard_x.cpu(),
-            "guard_keep": guard_keep.cpu(), "rows": rows, "base": losses(lm, tokens, x[rows]),
-            "zero": losses(lm, tokens, x[rows] * ~kept),
-            "blank": losses(lm, tokens, torch.where(kept, mean_D, x[rows]))}
+            "guard_keep": guard_keep.cpu(), "rows": rows, "base": losses(lm, tokens, read),
+            "zero": losses(lm, tokens, read * ~kept),
+            "blank": losses(lm, tokens, torch.where(kept, mean_D, read))}
 
 
 def filter_questions(substrate: Substrate) -> tuple[dict[str, Tensor], dict[str, Any]]:

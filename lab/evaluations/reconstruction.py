@@ -23,10 +23,9 @@ def evaluate_reconstruction(sae: ExportedSAE, heldout: HeldOut, use_KF: Tensor) 
     `use_KF`: mean activations of features by domain on learn text.
     """
     named = heldout.domain_R <= RETAIN
-    rows = heldout["rows"][named]
-    x, keep = heldout["x"][rows], heldout["keep"][rows]
+    tokens, x, keep = (heldout.of_frontier(name)[named] for name in ("tokens", "x", "keep"))
     spliced = torch.where(keep[..., None], sae.reconstruct(x.float()).to(x.dtype), x)
-    ce_sae = losses(heldout.substrate.lm, heldout["tokens"][rows], spliced)
+    ce_sae = losses(heldout.substrate.lm, tokens, spliced)
     ce, zero, base = (float(part.double().mean())
                       for part in (ce_sae, heldout["zero"][named], heldout["base"][named]))
     domains = heldout.substrate.domains

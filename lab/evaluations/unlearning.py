@@ -12,12 +12,14 @@ from lab.console import progress
 from lab.evaluations.heldout import HeldOut
 from lab.evaluations.prompt_trees import PromptTrees
 from lab.results.frontier import (
+    AREAS,
     COST_GRID,
     METRICS,
     RETAINED,
     SAE_BENCH_SIZE,
-    crossfitted,
-    interval,
+    has_texts,
+    mean_rises,
+    summarize,
 )
 from lab.sparse import ExportedSAE
 from lab.storage import randomness
@@ -26,10 +28,12 @@ from lab.substrates.texts import FORGET, NAMED, RETAIN
 THRESHOLDS = (0.001, 0.01)  # largest firing frequency on retain text of what may be clamped
 SET_SIZES = (10, 20, 50, 100)  # features clamped
 OFFICIAL_MULTIPLIERS = (2.0, 8.0, 32.0)  # under which all sets of SAEBench's sizes are asked
-MULTIPLIERS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # clamp value, in mean activations of a feature
+MULTIPLIERS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # clamp value, in mean activations
+START = 2.0  # the multiplier that is measured first
+NO_EFFECT = 0.02  # nats: where a static clamp costs less, no smaller multiplier is measured
+THIRDS = 3  # parts in which contexts that are to be kept are run
 QUANTILES = (0.5, 0.9, 0.99)  # of the share of tokens with a chosen feature, on learn retain text
-SPARE = 2.0  # times what the frontier affords: from there on larger multipliers are not measured
-AREAS = ("unlearning_area", "unlearning_area_static", "unlearning_area_sae_bench")
+SPARE = 2.0  # times what the frontier affords: beyond it nothing more of a setting is measured
 
 
 class FeatureStatistics(NamedTuple):
@@ -138,44 +142,57 @@ def rises(sae: ExportedSAE, heldout: HeldOut, clamp: Clamp, run_R: Tensor) -> Te
     return (frontier.base_S - log_prob_S).view(n, -1).mean(1)
 
 
-class Measured(NamedTuple):
-    """A feature set under growing multipliers."""
-
-    share_R: np.ndarray  # of each frontier context's tokens, those with a chosen feature
-    rise_MR: np.ndarray  # nats; NaN where no affordable variant would clamp the context
-
-
-def measure(sae: ExportedSAE, heldout: HeldOut, chosen: FeatureSet) -> Measured:
-    """Rises of all frontier contexts under static clamps, as far as anything can afford them.
+class Measurement:
+    """Rises of the frontier contexts under static clamps of a feature set, as far as anything can
+    afford them.
 
     A dynamic clamp's rise is the static one's where the context's share is above the limit, and 0
-    elsewhere: it needs no forward pass. Costs grow with the multiplier, if not strictly. So
-    contexts that only variants far beyond the frontier's end would clamp are not run any more.
+    elsewhere: it needs no forward pass. Costs grow with the multiplier, if not strictly. So larger
+    ones are tried while a variant may be afforded by a kind of text that is to be kept, smaller
+    ones while the static clamp has a cost. Contexts of a kind are run while a variant that clamps
+    them is not far beyond what this kind affords on both halves, whatever the rest of them adds.
     """
-    domain_R = heldout.domain_R.numpy()
-    x, keep = heldout["x"][heldout["rows"]], heldout["keep"][heldout["rows"]]
-    share_R = fires(sae, chosen.features, x, keep).float().mean(1).numpy()
-    rise_MR = np.full((len(MULTIPLIERS), len(share_R)), np.nan)
-    limits = list(chosen.limits)
-    for m, multiplier in enumerate(MULTIPLIERS):
-        run_R = share_R > min(limits)
-        clamp = Clamp(chosen.features, -multiplier * chosen.size_F)
-        rise_R = rises(sae, heldout, clamp, torch.from_numpy(run_R)).numpy()
-        rise_MR[m] = np.where(run_R, rise_R, np.nan)
-        limits = [limit for limit in limits if affordable(rise_R, share_R, limit, domain_R)]
-        if not limits:
-            break
-    return Measured(share_R, rise_MR)
 
+    def __init__(self, sae: ExportedSAE, heldout: HeldOut, chosen: FeatureSet):
+        self.sae, self.heldout, self.chosen = sae, heldout, chosen
+        x, keep = heldout.of_frontier("x"), heldout.of_frontier("keep")
+        self.share_R = fires(sae, chosen.features, x, keep).float().mean(1).numpy()
+        self.rise_MR = np.full((len(MULTIPLIERS), len(x)), np.nan)  # nats; NaN: not measured
+        self.kinds = kinds_of(heldout)
+        every = {kind: list(chosen.limits) for kind in self.kinds if kind != NAMED[FORGET]}
+        limits, start = every, MULTIPLIERS.index(START)
+        for m in range(start, len(MULTIPLIERS)):
+            if any(limits.values()):
+                limits = self.run_(m, limits)
+        for m in reversed(range(start)):
+            if max((max(self.costs(m + 1, kind, -1.0)) for kind in every), default=0) > NO_EFFECT:
+                self.run_(m, every)
 
-def affordable(rise_R: np.ndarray, share_R: np.ndarray, limit: float,
-               domain_R: np.ndarray) -> bool:
-    """Whether a variant's cost is within SPARE times the frontier's on either half of contexts."""
-    variant_R = np.where(share_R > limit, rise_R, 0.0)
-    kept = [part for k in np.unique(domain_R) if k != FORGET
-            if len(part := variant_R[domain_R == k]) > 1]
-    return any(max((part[half::2].mean() for part in kept), default=0.0) <= SPARE * COST_GRID[-1]
-               for half in (0, 1))
+    def run_(self, m: int, limits: dict[str, list[float]]) -> dict[str, list[float]]:
+        """Measure what the variants with these limits clamp; returns those that may be afforded."""
+        still = {}
+        for kind, left in limits.items():
+            place_R = np.cumsum(self.kinds[kind]) - 1
+            for third in range(THIRDS):
+                self.run_contexts_(m, self.kinds[kind] & (place_R // 2 % THIRDS == third), left)
+                left = [limit for limit in left
+                        if min(self.costs(m, kind, limit)) <= SPARE * COST_GRID[-1]]
+            still[kind] = left
+        if NAMED[FORGET] in self.kinds:
+            self.run_contexts_(m, self.kinds[NAMED[FORGET]], sum(still.values(), []))
+        return still
+
+    def run_contexts_(self, m: int, among_R: np.ndarray, limits: Sequence[float]) -> None:
+        run_R = among_R & (self.share_R > min(limits, default=math.inf))
+        if run_R.any():
+            clamp = Clamp(self.chosen.features, -MULTIPLIERS[m] * self.chosen.size_F)
+            rise_R = rises(self.sae, self.heldout, clamp, torch.from_numpy(run_R)).numpy()
+            self.rise_MR[m, run_R] = rise_R[run_R]
+
+    def costs(self, m: int, kind: str, limit: float) -> list[float]:
+        """A variant's mean rise on each half of a kind's contexts; what was not run counts as 0."""
+        rise_R = np.where(self.share_R > limit, np.nan_to_num(self.rise_MR[m]), 0.0)
+        return [float(rise_R[self.kinds[kind]][half::2].mean()) for half in (0, 1)]
 
 
 def answers(sae: ExportedSAE, heldout: HeldOut, chosen: FeatureSet, multiplier: float,
@@ -230,9 +247,9 @@ def evaluate_unlearning(sae: ExportedSAE, heldout: HeldOut, statistics: FeatureS
     than because knowledge is gone. The questions are the check on that.
     """
     sets = feature_sets(sae, heldout, statistics)
-    control = control_set(sae, heldout, statistics, seed)
+    control = control_set(statistics, seed)
     return {**clamp_and_ask(sae, heldout, sets),
-            "control": mean_rises(numbers(heldout, control, measure(sae, heldout, control))),
+            "control": mean_rises(numbers(Measurement(sae, heldout, control))),
             "frequency_tokens": dict(zip(NAMED, statistics.tokens_K)),
             "selected": {str(t): select_features(statistics.rate_KF, t, max(SET_SIZES)).tolist()
                          for t in THRESHOLDS}}
@@ -241,7 +258,7 @@ def evaluate_unlearning(sae: ExportedSAE, heldout: HeldOut, statistics: FeatureS
 def clamp_and_ask(sae: ExportedSAE, heldout: HeldOut, sets: list[FeatureSet]) -> dict[str, Any]:
     """Rises of every set, then answers under the settings that the frontiers use."""
     kinds = kinds_of(heldout)
-    measured = [numbers(heldout, one, measure(sae, heldout, one))
+    measured = [numbers(Measurement(sae, heldout, one))
                 for one in progress(sets, "unlearning, feature sets")]
     part = {"contexts": {name: int(of.sum()) for name, of in kinds.items()}, "sets": measured,
             "reference_rise": []}
@@ -259,11 +276,6 @@ def kinds_of(heldout: HeldOut) -> dict[str, np.ndarray]:
     kinds = {name: (heldout.domain_R == k).numpy()
              for k, name in enumerate(heldout.substrate.domains)}
     return {name: of for name, of in kinds.items() if of.sum() > 1}
-
-
-def has_texts(part: dict[str, Any]) -> bool:
-    """Whether there are forget and retain contexts, without which no area is defined."""
-    return set(NAMED) <= set(part["contexts"])
 
 
 def worth_asking(part: dict[str, Any], sets: list[FeatureSet]) -> list[tuple[int, int, int]]:
@@ -286,14 +298,13 @@ def ask(sae: ExportedSAE, heldout: HeldOut, chosen: FeatureSet, s: int, m: int,
             "whole": whole, "right": right}
 
 
-def control_set(sae: ExportedSAE, heldout: HeldOut, statistics: FeatureStatistics,
-                seed: int) -> FeatureSet:
-    """SAEBench's largest set replaced by random features of matched frequency: what any damage
-    costs."""
+def control_set(statistics: FeatureStatistics, seed: int) -> FeatureSet:
+    """SAEBench's largest set replaced by random features of matched frequency, under static clamps:
+    what any damage costs."""
     chosen = select_features(statistics.rate_KF, max(THRESHOLDS), SAE_BENCH_SIZE)
     features = matched_features(statistics.rate_KF, chosen, seed)
-    return feature_set(sae, heldout, max(THRESHOLDS), SAE_BENCH_SIZE, features,
-                       statistics.size_F[features])
+    return FeatureSet(max(THRESHOLDS), SAE_BENCH_SIZE, features, statistics.size_F[features],
+                      (-1.0,))
 
 
 def matched_features(rate_KF: Tensor, chosen: Tensor, seed: int) -> Tensor:
@@ -308,50 +319,15 @@ def matched_features(rate_KF: Tensor, chosen: Tensor, seed: int) -> Tensor:
     return torch.tensor(picks, dtype=torch.long)
 
 
-def numbers(heldout: HeldOut, chosen: FeatureSet, measured: Measured) -> dict[str, Any]:
+def numbers(measured: Measurement) -> dict[str, Any]:
     """What a result keeps of a set: enough to compute every area anew, also on other texts.
 
     Shares are whole: rounded, one could be above a limit that it equals.
     """
-    kinds = kinds_of(heldout)
+    chosen = measured.chosen
     return {"threshold": chosen.threshold, "n_features": chosen.n_features,
             "n_selected": len(chosen.features), "limits": list(chosen.limits),
-            "share": {name: measured.share_R[of].tolist() for name, of in kinds.items()},
+            "multipliers": list(MULTIPLIERS),
+            "share": {name: measured.share_R[of].tolist() for name, of in measured.kinds.items()},
             "rise": {name: np.round(measured.rise_MR[:, of], 4).tolist()
-                     for name, of in kinds.items()}}
-
-
-def mean_rises(one: dict[str, Any]) -> list[dict[str, Any]]:
-    """Means of a set's static clamps by multiplier, as far as they were measured."""
-    rows = []
-    for m, multiplier in enumerate(MULTIPLIERS):
-        rise = {f"{kind}_ce_rise": float(np.mean(table[m])) for kind, table in one["rise"].items()}
-        if np.isfinite(list(rise.values())).all():
-            rows.append({"threshold": one["threshold"], "n_features": one["n_features"],
-                         "n_selected": one["n_selected"], "multiplier": multiplier, **rise})
-    return rows
-
-
-def summarize(part: dict[str, Any], least: int) -> dict[str, Any]:
-    """All areas and scores with 95 % intervals over texts or questions, the frontier, coverage.
-
-    Of texts that are not there, and of fewer than `least` questions, they are None.
-    """
-    few = [f"{count['kept']} {name} questions" for name, count in part["counts"].items()
-           if count["kept"] < max(2, least)]
-    reason = f"undefined: {' and '.join(few)}, fewer than {max(2, least)}" if few else None
-    sound = {"texts": has_texts(part), "answers": not reason}
-    result: dict[str, Any] = {"settings": [row for one in part["sets"] for row in mean_rises(one)],
-                              "score_reason": reason}
-    for name, metric in METRICS.items():
-        result |= {name: None, f"{name}_interval": None}
-        if sound[metric.of]:
-            tables = metric.tables(part)
-            result |= {name: metric.statistic(*tables),
-                       f"{name}_interval": interval(metric.statistic, tables)}
-    if sound["texts"]:
-        curve = crossfitted(*METRICS["unlearning_area"].tables(part))
-        result["frontier"] = [{"cost": float(cost), "forget_rise": float(rise)}
-                              for cost, rise in zip(COST_GRID, curve)]
-    return {**result, "coverage": {name: METRICS[name].coverage(part)
-                                   for name in AREAS if sound["texts"]}}
+                     for name, of in measured.kinds.items()}}

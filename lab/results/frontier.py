@@ -115,27 +115,30 @@ class Variants(NamedTuple):
     coverage: dict[str, np.ndarray]  # part of tokens with a chosen feature in clamped contexts
 
 
-def variants(part: Mapping[str, Any], largest: int, dynamic: bool) -> Variants:
+def variants(part: Mapping[str, Any], largest: int, dynamic: bool,
+             kept: Sequence[str] | None = None) -> Variants:
     """All settings of feature sets of at most `largest` features, as an evaluation keeps them.
 
     `part` holds `contexts`, their number by kind of text, and `sets`. A set holds `n_features`,
     `limits` (the first is below every share), and by kind of text `share` by context and `rise` by
     multiplier and context. A context whose share is not above the limit is left alone: its rise is
-    0. Settings that clamp a context whose rise was not measured (null) are left out.
+    0. Settings that clamp a forget context, or one of the kinds that are to be `kept` (all the
+    others unless told), whose rise was not measured (null), are left out.
     """
     labels: list[tuple[int, int, int]] = []
-    rises = {kind: [np.zeros((0, n))] for kind, n in part["contexts"].items()}
-    coverage = {kind: [np.zeros(0)] for kind in rises}
+    kinds = [kind for kind in part["contexts"] if kind == "forget" or not kept or kind in kept]
+    rises = {kind: [np.zeros((0, part["contexts"][kind]))] for kind in kinds}
+    coverage = {kind: [np.zeros(0)] for kind in kinds}
     for s, one in enumerate(part["sets"]):
         if one["n_features"] > largest:
             continue
-        share = {kind: np.array(one["share"][kind], dtype=float) for kind in rises}
-        rise = {kind: np.array(one["rise"][kind], dtype=float) for kind in rises}
+        share = {kind: np.array(one["share"][kind], dtype=float) for kind in kinds}
+        rise = {kind: np.array(one["rise"][kind], dtype=float) for kind in kinds}
         for i, limit in enumerate(one["limits"] if dynamic else one["limits"][:1]):
-            done = {kind: np.where(share[kind] > limit, rise[kind], 0.0) for kind in rises}
-            whole_M = np.all([np.isfinite(done[kind]).all(1) for kind in rises], axis=0)
+            done = {kind: np.where(share[kind] > limit, rise[kind], 0.0) for kind in kinds}
+            whole_M = np.all([np.isfinite(done[kind]).all(1) for kind in kinds], axis=0)
             labels += [(s, int(m), i) for m in np.flatnonzero(whole_M)]
-            for kind in rises:
+            for kind in kinds:
                 rises[kind].append(done[kind][whole_M])
                 covered = (share[kind] * (share[kind] > limit)).mean()
                 coverage[kind].append(np.full(whole_M.sum(), covered))
@@ -144,16 +147,15 @@ def variants(part: Mapping[str, Any], largest: int, dynamic: bool) -> Variants:
 
 
 def text_tables(part: Mapping[str, Any], largest: int, dynamic: bool,
-                labelled: bool = False) -> list[np.ndarray]:
-    """Forget rises, then the rises of each text to be kept; of retain text alone if `labelled`.
+                kept: Sequence[str] | None = None) -> list[np.ndarray]:
+    """Forget rises, then the rises of each text to be kept, as `variants` has them.
 
     In no context do forget rises count beyond `reference_rise`, that of a model which knows nothing
     of it.
     """
-    rises = variants(part, largest, dynamic).rises
+    rises = variants(part, largest, dynamic, kept).rises
     most_R = np.maximum(np.array(part["reference_rise"], dtype=float), 0.0)
-    kept = [rises[kind] for kind in rises if kind == "retain" or kind != "forget" and not labelled]
-    return [np.minimum(rises["forget"], most_R), *kept]
+    return [np.minimum(rises.pop("forget"), most_R), *rises.values()]
 
 
 def answer_tables(part: Mapping[str, Any], largest: int | None = None) -> list[np.ndarray]:
@@ -182,7 +184,7 @@ class Metric(NamedTuple):
 
     def variants(self, part: Mapping[str, Any]) -> Variants:
         """The settings that a metric of texts is of, in the order of its tables."""
-        return variants(part, self.settings["largest"], self.settings["dynamic"])
+        return variants(part, **self.settings)
 
     def policy(self, part: Mapping[str, Any]) -> np.ndarray:
         """The best mixture of settings at each cost by all texts, [len(COST_GRID), S]."""
@@ -205,7 +207,7 @@ METRICS = {
     "unlearning_area_static": Metric("texts", unlearning_area, STATIC),
     "unlearning_area_sae_bench": Metric("texts", unlearning_area,
                                         {**STATIC, "largest": SAE_BENCH_SIZE}),
-    "unlearning_area_labelled": Metric("texts", unlearning_area, {**EVERY, "labelled": True}),
+    "unlearning_area_labelled": Metric("texts", unlearning_area, {**EVERY, "kept": ["retain"]}),
     **{f"forget_rise_at_{cost}": Metric("texts", functools.partial(forget_rise, cost=cost), EVERY)
        for cost in COSTS},
     "accuracy_area": Metric("answers", accuracy_area, {}),
@@ -216,6 +218,9 @@ the static ones, so every method uses what suits it best. Its cost is the larges
 that must stay: a feature that tells the labelled texts apart by their manner does not pay. Settings
 are chosen and judged on different texts: their number earns nothing. The others show how much
 depends on this choice."""
+
+
+AREAS = ("unlearning_area", "unlearning_area_static", "unlearning_area_sae_bench")
 
 
 def redraw(tables: Sequence[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
@@ -230,3 +235,46 @@ def interval(statistic: Callable[..., float], tables: Sequence[np.ndarray],
     values = [statistic(*(table[:, places] for table, places in zip(tables, redraw(tables, rng))))
               for _ in range(draws)]
     return [float(end) for end in np.quantile(values, (0.025, 0.975))]
+
+
+def has_texts(part: Mapping[str, Any]) -> bool:
+    """Whether there are forget and retain contexts, without which no area is defined."""
+    return {"forget", "retain"} <= set(part["contexts"])
+
+
+def mean_rises(one: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Means of a set's static clamps by multiplier, as far as they were measured."""
+    rows = []
+    for m, multiplier in enumerate(one["multipliers"]):
+        rise = {f"{kind}_ce_rise": float(np.mean(table[m])) for kind, table in one["rise"].items()}
+        if np.isfinite(list(rise.values())).all():
+            rows.append({"threshold": one["threshold"], "n_features": one["n_features"],
+                         "n_selected": one["n_selected"], "multiplier": multiplier, **rise})
+    return rows
+
+
+def summarize(part: Mapping[str, Any], least: int) -> dict[str, Any]:
+    """All areas and scores with 95 % intervals over texts or questions, the frontier, coverage.
+
+    Of texts that are not there, and of fewer than `least` questions, they are None.
+    """
+    few = [f"{count['kept']} {name} questions" for name, count in part["counts"].items()
+           if count["kept"] < max(2, least)]
+    reason = f"undefined: {' and '.join(few)}, fewer than {max(2, least)}" if few else None
+    sound = {"texts": has_texts(part), "answers": not reason}
+    result: dict[str, Any] = {"settings": [row for one in part["sets"] for row in mean_rises(one)],
+                              "score_reason": reason}
+    for name, metric in METRICS.items():
+        result |= {name: None, f"{name}_interval": None}
+        if sound[metric.of]:
+            tables = metric.tables(part)
+            result |= {name: metric.statistic(*tables),
+                       f"{name}_interval": interval(metric.statistic, tables)}
+    if sound["texts"]:
+        curve = crossfitted(*METRICS["unlearning_area"].tables(part))
+        result["frontier"] = [{"cost": float(cost), "forget_rise": float(rise)}
+                              for cost, rise in zip(COST_GRID, curve)]
+        result["area_by_cost"] = {kind: unlearning_area(*text_tables(part, **EVERY, kept=[kind]))
+                                  for kind in part["contexts"] if kind != "forget"}
+    return {**result, "coverage": {name: METRICS[name].coverage(part)
+                                   for name in AREAS if sound["texts"]}}
