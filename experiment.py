@@ -269,11 +269,14 @@ class ActivationBuffer:
 
         Of a batch of `size` tokens, of which `forget_share` are forget text, the `share` is given.
         """
+        index = self.places(seed, step, size, forget_share)[share]
+        return self.acts_ND[index].float() / self.scale, self.domain_N[index].long()
+
+    def places(self, seed: int, step: int, size: int, forget_share: float) -> Tensor:
         n_forget = round(forget_share * size)
         index = torch.cat([self.stream(seed, FORGET, step * n_forget, n_forget),
                            self.stream(seed, RETAIN, step * (size - n_forget), size - n_forget)])
-        index = index[torch.randperm(size, generator=randomness("mix", seed, step))][share]
-        return self.acts_ND[index].float() / self.scale, self.domain_N[index].long()
+        return index[torch.randperm(size, generator=randomness("mix", seed, step))]
 
     def stream(self, seed: int, domain: int, start: int, n: int) -> Tensor:
         """Places of `n` tokens of a domain from the `start`-th on, every epoch in its own order."""
