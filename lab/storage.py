@@ -223,19 +223,26 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-SEAL = "sha256.json"  # in a folder: the checksums of all its other files
+SEAL = "sha256.json"  # in a folder: the checksums of all its other files, and what made them
 
 
-def checksums(folder: Path) -> dict[str, str]:
-    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != SEAL}
+def checksums(folder: Path, made_by: str) -> dict[str, str]:
+    return {"made by": made_by, **{path.name: sha256_of(path) for path in sorted(folder.iterdir())
+                                   if path.name != SEAL}}
 
 
-def is_sealed(folder: Path) -> bool:
-    """Whether the folder holds what was written there, and nothing else; if not, it is said."""
+def seal(folder: Path, made_by: str) -> None:
+    """Finish a folder: it holds what the code whose digest is `made_by` wrote."""
+    write_text(folder / SEAL, to_json(checksums(folder, made_by)))
+
+
+def is_sealed(folder: Path, made_by: str) -> bool:
+    """Whether the folder holds what was written there by this code, and nothing else; if not, it
+    is said."""
     if not folder.exists():
         return False
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        if json.loads((folder / SEAL).read_bytes()) == checksums(folder):
+        if json.loads((folder / SEAL).read_bytes()) == checksums(folder, made_by):
             return True
     report(f"{folder} does not match its checksums; it is made anew")
     return False

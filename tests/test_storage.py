@@ -413,17 +413,25 @@ def test_a_file_under_another_files_name_is_not_taken(tmp_path, capsys):
     assert "train-1.safetensors does not match its checksum" in capsys.readouterr().err
 
 
-def test_a_folder_that_was_written_by_a_library_is_checked_file_by_file(tmp_path, capsys):
+def test_a_folder_that_a_library_wrote_is_checked_file_by_file(tmp_path, capsys):
     (tmp_path / "weights").write_text("1")
-    (tmp_path / storage.SEAL).write_text(to_json(storage.checksums(tmp_path)))
-    assert storage.is_sealed(tmp_path)
-    assert not storage.is_sealed(tmp_path / "missing")
+    storage.seal(tmp_path, "code")
+    assert storage.is_sealed(tmp_path, "code")
+    assert not storage.is_sealed(tmp_path / "missing", "code")
     assert capsys.readouterr().err == ""
     for name, text in (("weights", "2"), ("more", "1")):
         (tmp_path / name).write_text(text)
-        assert not storage.is_sealed(tmp_path)
+        assert not storage.is_sealed(tmp_path, "code")
         assert "does not match its checksums" in capsys.readouterr().err
         (tmp_path / "weights").write_text("1")
+
+
+def test_a_folder_that_other_code_wrote_is_made_anew(tmp_path):
+    (tmp_path / "weights").write_text("1")
+    storage.seal(tmp_path, "older code")
+    assert not storage.is_sealed(tmp_path, "newer code")
+    storage.seal(tmp_path, "newer code")
+    assert storage.is_sealed(tmp_path, "newer code")
 
 
 def test_a_scratch_folder_is_empty_at_first_and_gone_at_last(tmp_path):
