@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lab.code import CODE, code_behind
 from lab.console import UserError, report
+
+PATIENCE = 10.0  # seconds for which a lock is waited for in silence
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -164,7 +166,7 @@ class Cache:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"the cache {root} cannot be written ({reason}); {cure}") from error
         try:
-            with self.lock(f"trial-{uuid.uuid4().hex}", timeout=10) as trial:
+            with self.lock(f"trial-{uuid.uuid4().hex}", timeout=PATIENCE) as trial:
                 Path(trial.lock_file).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"the cache {root} cannot be locked ({error.strerror or error}): its "
@@ -174,6 +176,20 @@ class Cache:
         path = self.root / "locks" / f"{name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path, timeout=timeout, fallback_to_soft=False)
+
+    @contextlib.contextmanager
+    def turn(self, lock_name: str, name: str) -> Iterator[None]:
+        """Alone in making a thing; a longer wait for another process is told."""
+        lock = self.lock(lock_name)
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            report(f"{name} is being made by another process; this one waits for it")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def path(self, name: str, *causes: Any) -> Path:
         return self.root / f"{name}-{digest(*causes)}.safetensors"
@@ -188,7 +204,7 @@ class Cache:
         path = self.path(name, *causes)
         if (kept := read_tensors(path)) is not None:
             return kept
-        with self.lock(path.stem):
+        with self.turn(path.stem, name):
             if (kept := read_tensors(path)) is not None:
                 return kept
             tensors, note = build()

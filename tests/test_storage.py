@@ -339,6 +339,26 @@ def test_what_several_ask_for_at_once_one_builds(tmp_path):
     assert len(built) == 1
 
 
+def test_a_wait_for_another_process_is_told_and_ends_with_its_result(tmp_path, monkeypatch, capsys):
+    cache = Cache(tmp_path)
+    monkeypatch.setattr(storage, "PATIENCE", 0.01)
+    started, told = threading.Event(), threading.Event()
+    monkeypatch.setattr(storage, "report", lambda line: (print(line), told.set()))
+
+    def slow():
+        started.set()
+        assert told.wait(60)  # until the other one has told that it waits
+        return ones()
+
+    other = threading.Thread(target=Cache(tmp_path).get, args=("thing", (), slow))
+    other.start()
+    assert started.wait(60)
+    cache.get("thing", (), lambda: pytest.fail("it was made twice"))
+    other.join()
+    assert capsys.readouterr().out == (
+        "thing is being made by another process; this one waits for it\n")
+
+
 def test_a_tilde_in_the_caches_name_is_the_users_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
