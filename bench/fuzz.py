@@ -238,7 +238,7 @@ def model(folder: Path) -> tuple[Path, Callable]:
     def convert(where: Path) -> None:
         shutil.rmtree(where, ignore_errors=True)
         sound.save_pretrained(where)
-        storage.write_text(where / storage.SEAL, storage.to_json(storage.checksums(where)))
+        storage.seal(where, standin.conversion)
         built.append(where)
 
     standin.convert = convert

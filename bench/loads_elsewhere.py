@@ -72,7 +72,7 @@ def random_case(folder: Path) -> tuple[ExportedSAE, Tensor]:
     z_ND = codes_NF @ sae.W_dec.detach() + 0.05 * noise(D_IN) + 0.01 * noise(TOKENS, D_IN)
     z_ND /= z_ND.square().sum(1).mean().sqrt()
     with torch.no_grad():
-        sae.W_enc += 0.3 * noise(D_IN, D_SAE) / D_IN**0.5
+        sae.W_enc_FD += 0.3 * noise(D_SAE, D_IN) / D_IN**0.5
     sae.initialize_biases_(z_ND, 40.0)
     with torch.no_grad():
         sae.b_enc *= 1 + 0.1 * noise(D_SAE)

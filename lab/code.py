@@ -188,6 +188,6 @@ def place_of(root: Any) -> tuple[str, str]:
 SOURCES = read_sources(Path(__file__).parents[1])
 SCRIPT = read_script()
 CODE = {name: Module(text) for name, text in SOURCES.items()}
-CODE["__main__"] = Module(SCRIPT) if SCRIPT else CODE["experiment"]
+CODE["__main__"] = Module(SCRIPT) if SCRIPT else CODE.get("experiment", Module(""))
 PLUMBING = ("lab.code", "lab.console", "lab.distributed", "lab.storage")  # carry numbers, make none
-keep_lines(Path(__file__).with_name("language_model.py"), SOURCES["lab.language_model"])
+keep_lines(Path(__file__).with_name("language_model.py"), SOURCES.get("lab.language_model", ""))

@@ -19,12 +19,14 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lab.code import CODE, code_behind
 from lab.console import UserError, report
+
+PATIENCE = 10.0  # seconds for which a lock is waited for in silence
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -164,7 +166,7 @@ class Cache:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"the cache {root} cannot be written ({reason}); {cure}") from error
         try:
-            with self.lock(f"trial-{uuid.uuid4().hex}", timeout=10) as trial:
+            with self.lock(f"trial-{uuid.uuid4().hex}", timeout=PATIENCE) as trial:
                 Path(trial.lock_file).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"the cache {root} cannot be locked ({error.strerror or error}): its "
@@ -174,6 +176,20 @@ class Cache:
         path = self.root / "locks" / f"{name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path, timeout=timeout, fallback_to_soft=False)
+
+    @contextlib.contextmanager
+    def turn(self, lock_name: str, name: str) -> Iterator[None]:
+        """Alone in making a thing; a longer wait for another process is told."""
+        lock = self.lock(lock_name)
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            report(f"{name} is being made by another process; this one waits for it")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def path(self, name: str, *causes: Any) -> Path:
         return self.root / f"{name}-{digest(*causes)}.safetensors"
@@ -188,7 +204,7 @@ class Cache:
         path = self.path(name, *causes)
         if (kept := read_tensors(path)) is not None:
             return kept
-        with self.lock(path.stem):
+        with self.turn(path.stem, name):
             if (kept := read_tensors(path)) is not None:
                 return kept
             tensors, note = build()
@@ -223,19 +239,26 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-SEAL = "sha256.json"  # in a folder: the checksums of all its other files
+SEAL = "sha256.json"  # in a folder: the checksums of all its other files, and what made them
 
 
-def checksums(folder: Path) -> dict[str, str]:
-    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != SEAL}
+def checksums(folder: Path, made_by: str) -> dict[str, str]:
+    return {"made by": made_by, **{path.name: sha256_of(path) for path in sorted(folder.iterdir())
+                                   if path.name != SEAL}}
 
 
-def is_sealed(folder: Path) -> bool:
-    """Whether the folder holds what was written there, and nothing else; if not, it is said."""
+def seal(folder: Path, made_by: str) -> None:
+    """Finish a folder: it holds what the code whose digest is `made_by` wrote."""
+    write_text(folder / SEAL, to_json(checksums(folder, made_by)))
+
+
+def is_sealed(folder: Path, made_by: str) -> bool:
+    """Whether the folder holds what was written there by this code, and nothing else; if not, it
+    is said."""
     if not folder.exists():
         return False
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        if json.loads((folder / SEAL).read_bytes()) == checksums(folder):
+        if json.loads((folder / SEAL).read_bytes()) == checksums(folder, made_by):
             return True
     report(f"{folder} does not match its checksums; it is made anew")
     return False

@@ -1,7 +1,8 @@
 """Processes that begin with experiment.py imported: forks of one that imported it once.
 
 Else they are processes of their own. What is read while Python or a library starts (their settings,
-the place in a torchrun) is as it was when the first one began.
+the place in a torchrun) is as it was when the first one began. wandb shares a temporary folder that
+the first to end removes: with it, start a process instead.
 """
 
 import atexit

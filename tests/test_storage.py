@@ -339,6 +339,26 @@ def test_what_several_ask_for_at_once_one_builds(tmp_path):
     assert len(built) == 1
 
 
+def test_a_wait_for_another_process_is_told_and_ends_with_its_result(tmp_path, monkeypatch, capsys):
+    cache = Cache(tmp_path)
+    monkeypatch.setattr(storage, "PATIENCE", 0.01)
+    started, told = threading.Event(), threading.Event()
+    monkeypatch.setattr(storage, "report", lambda line: (print(line), told.set()))
+
+    def slow():
+        started.set()
+        assert told.wait(60)  # until the other one has told that it waits
+        return ones()
+
+    other = threading.Thread(target=Cache(tmp_path).get, args=("thing", (), slow))
+    other.start()
+    assert started.wait(60)
+    cache.get("thing", (), lambda: pytest.fail("it was made twice"))
+    other.join()
+    assert capsys.readouterr().out == (
+        "thing is being made by another process; this one waits for it\n")
+
+
 def test_a_tilde_in_the_caches_name_is_the_users_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
@@ -413,17 +433,25 @@ def test_a_file_under_another_files_name_is_not_taken(tmp_path, capsys):
     assert "train-1.safetensors does not match its checksum" in capsys.readouterr().err
 
 
-def test_a_folder_that_was_written_by_a_library_is_checked_file_by_file(tmp_path, capsys):
+def test_a_folder_that_a_library_wrote_is_checked_file_by_file(tmp_path, capsys):
     (tmp_path / "weights").write_text("1")
-    (tmp_path / storage.SEAL).write_text(to_json(storage.checksums(tmp_path)))
-    assert storage.is_sealed(tmp_path)
-    assert not storage.is_sealed(tmp_path / "missing")
+    storage.seal(tmp_path, "code")
+    assert storage.is_sealed(tmp_path, "code")
+    assert not storage.is_sealed(tmp_path / "missing", "code")
     assert capsys.readouterr().err == ""
     for name, text in (("weights", "2"), ("more", "1")):
         (tmp_path / name).write_text(text)
-        assert not storage.is_sealed(tmp_path)
+        assert not storage.is_sealed(tmp_path, "code")
         assert "does not match its checksums" in capsys.readouterr().err
         (tmp_path / "weights").write_text("1")
+
+
+def test_a_folder_that_other_code_wrote_is_made_anew(tmp_path):
+    (tmp_path / "weights").write_text("1")
+    storage.seal(tmp_path, "older code")
+    assert not storage.is_sealed(tmp_path, "newer code")
+    storage.seal(tmp_path, "newer code")
+    assert storage.is_sealed(tmp_path, "newer code")
 
 
 def test_a_scratch_folder_is_empty_at_first_and_gone_at_last(tmp_path):

