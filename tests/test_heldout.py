@@ -9,16 +9,19 @@ from tiny_substrate import QUESTIONS, WIDTH, TinySource, random_sae, tiny_substr
 from lab.evaluations import unlearning
 from lab.evaluations.heldout import HeldOut, paraphrased, survival
 from lab.evaluations.prompt_trees import Questions
-from lab.evaluations.unlearning import Clamp, answers, rises
+from lab.evaluations.unlearning import Clamp, FeatureSet, answers, rises
 from lab.language_model import LanguageModel, losses
-from lab.substrates.texts import DOMAINS, FORGET, OTHER, RETAIN
+from lab.substrates.texts import FORGET, RETAIN
+
+OTHER = 2  # the unnamed text
+LENGTH = 12  # tokens of a frontier context, of sixteen
 
 
 @pytest.fixture
 def tiny(tmp_path, processor):
     """In float32, so that what must be equal is."""
     processor(bfloat16=False)
-    return tiny_substrate(tmp_path, questions=QUESTIONS * 3)
+    return tiny_substrate(tmp_path, questions=QUESTIONS * 3, frontier_length=LENGTH)
 
 
 @pytest.fixture
@@ -36,25 +39,42 @@ def test_residuals_are_the_language_models_of_all_ask_contexts(tiny, heldout):
 
 def test_frontier_contexts_are_the_first_of_each_domain(tiny, heldout):
     size = tiny.sizes.frontier_contexts
-    assert heldout.domain_R.tolist() == [k for k in range(len(DOMAINS)) for _ in range(size)]
-    for k in range(len(DOMAINS)):
+    assert heldout.domain_R.tolist() == [k for k in range(3) for _ in range(size)]
+    for k in range(3):
         first = (heldout["domain"] == k).nonzero()[:size, 0]
         assert torch.equal(heldout["rows"][heldout.domain_R == k], first)
 
 
 def test_losses_are_of_the_unmodified_model_and_with_zeros_in_place_of_residuals(tiny, heldout):
     rows = heldout["rows"]
-    tokens, x = heldout["tokens"][rows], heldout["x"][rows]
+    tokens, x = heldout["tokens"][rows, :LENGTH], heldout["x"][rows, :LENGTH]
     torch.testing.assert_close(heldout["base"], losses(tiny.lm, tokens, x))
     torch.testing.assert_close(heldout["zero"], losses(tiny.lm, tokens, torch.zeros_like(x)))
     assert float((heldout["zero"] - heldout["base"]).abs().min()) > 0
+
+
+def test_the_reference_knows_nothing_but_the_mean_of_learn_retain_text(tiny, heldout):
+    guards = tiny.learn.tokens_NT[tiny.learn.domain_N == RETAIN][:12, :LENGTH]
+    x = tiny.lm.residual(guards)
+    torch.testing.assert_close(heldout["guard_x"], x)
+    assert heldout["guard_keep"].shape == (12, LENGTH)
+    assert bool(heldout["guard_keep"].all())  # no sinks in a random model
+    rows = heldout["rows"]
+    blank = x.flatten(0, 1).mean(0).expand(len(rows), LENGTH, WIDTH)
+    expected = losses(tiny.lm, heldout["tokens"][rows, :LENGTH], blank)
+    torch.testing.assert_close(heldout["blank"], expected)
+
+
+def test_the_frontiers_tokens_are_the_first_of_its_contexts(heldout):
+    for name in ("tokens", "x", "keep"):
+        assert torch.equal(heldout.of_frontier(name), heldout[name][heldout["rows"]][:, :LENGTH])
 
 
 def test_residuals_come_by_domain_without_sinks(heldout):
     heldout["keep"][0, 3] = False
     first = int(heldout["domain"][0])
     tokens = heldout["tokens"].shape[1]
-    for k in range(len(DOMAINS)):
+    for k in range(3):
         expected = heldout["x"][heldout["domain"] == k].reshape(-1, WIDTH)
         if k == first:
             expected = torch.cat([expected[:3], expected[4:]])
@@ -63,7 +83,7 @@ def test_residuals_come_by_domain_without_sinks(heldout):
     assert len(heldout.residuals()) == len(heldout.residuals(FORGET, RETAIN)) == both
 
 
-def test_sinks_are_kept_when_the_others_are_set_to_zero(tiny, heldout, monkeypatch):
+def test_sinks_are_kept_when_the_others_are_replaced(tiny, heldout, monkeypatch):
     residual = LanguageModel.residual
 
     def with_sink(lm, tokens, layout=None):
@@ -73,12 +93,16 @@ def test_sinks_are_kept_when_the_others_are_set_to_zero(tiny, heldout, monkeypat
 
     monkeypatch.setattr(LanguageModel, "residual", with_sink)
     rows = heldout["rows"]
-    assert not heldout["keep"][:, 0].any()
-    assert bool(heldout["keep"][:, 1:].all())
-    ablated = torch.zeros_like(heldout["x"][rows])
-    ablated[:, 0] = heldout["x"][rows][:, 0]
-    expected = losses(tiny.lm, heldout["tokens"][rows], ablated)
-    torch.testing.assert_close(heldout["zero"], expected)
+    for keep in (heldout["keep"], heldout["guard_keep"]):
+        assert not keep[:, 0].any()
+        assert bool(keep[:, 1:].all())
+    x = heldout["x"][rows, :LENGTH]
+    mean = heldout["guard_x"][:, 1:].flatten(0, 1).mean(0)  # the sinks are no part of it
+    for name, instead in (("zero", torch.zeros(WIDTH)), ("blank", mean)):
+        ablated = instead.expand(x.shape).clone()
+        ablated[:, 0] = x[:, 0]
+        expected = losses(tiny.lm, heldout["tokens"][rows, :LENGTH], ablated)
+        torch.testing.assert_close(heldout[name], expected)
 
 
 def test_the_frontier_as_trees_has_the_losses_of_the_contexts(tiny, heldout):
@@ -89,7 +113,7 @@ def test_the_frontier_as_trees_has_the_losses_of_the_contexts(tiny, heldout):
                                atol=1e-4, rtol=1e-4)
     changed = frontier.log_probs(tiny.lm, frontier.x_ND * 0.5, everything)
     rows = heldout["rows"]
-    expected = losses(tiny.lm, heldout["tokens"][rows], heldout["x"][rows] * 0.5)
+    expected = losses(tiny.lm, heldout["tokens"][rows, :LENGTH], heldout["x"][rows, :LENGTH] * 0.5)
     torch.testing.assert_close(-changed.view_as(expected), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -166,35 +190,37 @@ def test_survival_is_told_beside_what_a_guess_gives():
 def test_a_clamps_effect_is_that_of_the_plain_intervention(tiny, heldout, monkeypatch):
     """Skipping what sees no change changes no number: the same as clamping and running it all."""
     questions = Questions.from_text(QUESTIONS, tiny.lm)
-    questions.answer_Q = (questions.scores(questions.base_S).argmax(1) + torch.arange(3) % 2) % 4
+    questions.answer_Q = questions.scores(questions.base_S).argmax(1)
     heldout.__dict__["asked"] = questions, {}
     monkeypatch.setattr(unlearning, "RETAINED", 0.0)  # all is asked
-    x = heldout["x"][heldout["rows"]]
+    x = heldout.of_frontier("x")
     sae = random_sae(bias=0.0)
     before_NF = ((torch.cat([x.flatten(0, 1), questions.x_ND]) - sae.b_dec) @ sae.W_enc)
     sae = dataclasses.replace(sae, b_enc=-before_NF.quantile(0.99, dim=0))
-    chosen, target = torch.arange(6), torch.full((6,), -3.0 * float(x.norm(dim=-1).mean()))
-    clamp = Clamp(chosen, target)
+    size = torch.full((6,), float(x.norm(dim=-1).mean()))
+    chosen = FeatureSet(0.01, 6, torch.arange(6), size, (-1.0,))
 
     def clamped(x):
         f = sae.encode(x)
         changed = f.clone()
-        changed[..., chosen] = torch.where(f[..., chosen] > 0, target, f[..., chosen])
+        changed[..., :6] = torch.where(f[..., :6] > 0, -3 * size, f[..., :6])
         return x + (changed - f) @ sae.W_dec
 
-    rise = losses(tiny.lm, heldout["tokens"][heldout["rows"]], clamped(x)) - heldout["base"]
+    rise = losses(tiny.lm, heldout.of_frontier("tokens"), clamped(x)) - heldout["base"]
     plain = dataclasses.replace(questions, memory={})
     everything = torch.ones(len(plain.token_N), dtype=torch.bool)
     right = plain.right(plain.log_probs(tiny.lm, clamped(plain.x_ND), everything))
 
-    rise_R = rises(sae, heldout, clamp)
+    rise_R = rises(sae, heldout, Clamp(chosen.features, -3 * size),
+                   torch.ones(len(x), dtype=torch.bool))
     torch.testing.assert_close(rise_R, rise.mean(1), atol=1e-4, rtol=1e-3)
-    right_Q, all_asked = answers(sae, heldout, clamp)
+    right_Q, all_asked = answers(sae, heldout, chosen, 3.0, -1.0)
     assert all_asked
     assert torch.equal(right_Q, right)
     assert 0 < int(right_Q.sum()) < 3
-    assert not torch.equal(right, plain.right(plain.base_S))
-    untouched = (sae.encode(x)[..., chosen] == 0).all(-1).all(-1)
+    untouched = (sae.encode(x)[..., :6] == 0).all(-1).all(-1)
     assert 0 < int(untouched.sum()) < len(untouched), "the case must have both kinds"
     assert torch.equal(rise_R[untouched], torch.zeros(int(untouched.sum())))
-
+    some_R = torch.arange(len(x)) % 3 == 0  # what is not to be run has no rise
+    only_R = rises(sae, heldout, Clamp(chosen.features, -3 * size), some_R)
+    torch.testing.assert_close(only_R, torch.where(some_R, rise_R, 0.0), atol=1e-4, rtol=1e-3)

@@ -15,6 +15,7 @@ from lab.evaluations.reconstruction import (
     impurity,
     reconstruction_metrics,
 )
+from lab.language_model import losses
 from lab.sparse import ExportedSAE
 
 
@@ -107,6 +108,21 @@ def test_splicing_in_a_perfect_sae_scores_one_and_zeros_score_zero(heldout):
     for sae, score in ((perfect, 1.0), (nothing, 0.0)):
         results = evaluate_reconstruction(sae, heldout, torch.ones(2, 64))
         assert results["ce_score"] == pytest.approx(score, abs=1e-4)
+
+
+def test_losses_are_of_named_text_and_of_the_tokens_that_a_frontier_context_has(tmp_path,
+                                                                                 processor):
+    """The first ten of sixteen."""
+    processor(bfloat16=False)
+    substrate = tiny_substrate(tmp_path, frontier_length=10)
+    heldout, sae = HeldOut(substrate), random_sae()
+    rows = torch.cat([(heldout["domain"] == k).nonzero()[:4, 0] for k in (0, 1)])
+    tokens, x = heldout["tokens"][rows, :10], heldout["x"][rows, :10]
+    results = evaluate_reconstruction(sae, heldout, torch.ones(2, 128))
+    for name, changed in (("ce_base", x), ("ce_zero", 0 * x), ("ce_sae", sae.reconstruct(x))):
+        expected = float(losses(substrate.lm, tokens, changed).mean())
+        assert results[name] == pytest.approx(expected, rel=1e-5)
+    assert results["tokens"] == 2 * 8 * 16  # all else is of whole contexts
 
 
 def test_attention_sinks_are_not_replaced_by_their_reconstruction(heldout):
