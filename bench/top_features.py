@@ -23,7 +23,6 @@ from controls import open_substrate
 from lab.evaluations.heldout import HeldOut
 from lab.results.final_info import read_result
 from lab.sparse import ExportedSAE
-from lab.substrates.texts import DOMAINS
 
 FEATURES, EXAMPLES, AROUND = 10, 3, 8
 
@@ -54,8 +53,8 @@ def show(run: Path, heldout: HeldOut) -> None:
     print(f"\n{run.name}: {info['config']['purpose']}")
     for n, feature in enumerate(chosen):
         fires_CT = f_CTN[..., n] > 0
-        shares = (float(fires_CT[heldout["domain"] == k].float().mean()) for k in range(3))
-        rates = ", ".join(f"{name} {share:.2%}" for name, share in zip(DOMAINS, shares))
+        rates = ", ".join(f"{name} {float(fires_CT[heldout['domain'] == k].float().mean()):.2%}"
+                          for k, name in enumerate(heldout.substrate.domains))
         print(f"\n  feature {feature}: {rates}")
         for line in examples(f_CTN[..., n], heldout["tokens"], heldout.substrate.lm.tokenizer):
             print(f"    {line}")
