@@ -11,7 +11,6 @@ import pytest
 
 from lab.console import UserError
 from lab.evaluations.probing import K_VALUES
-from lab.evaluations.unlearning import COSTS
 from lab.results.checksum import NOT_CHECKED, is_unaltered, result_checksum
 from lab.results.final_info import (
     SAMPLED,
@@ -24,6 +23,7 @@ from lab.results.final_info import (
     read_result,
     sae_bench_part,
 )
+from lab.results.frontier import COSTS
 from lab.storage import write_text
 from lab.substrates.texts import Sizes
 

@@ -1,6 +1,5 @@
 """Sparse probing: tasks, pooling and accuracies, and no odd class or set decides for the others."""
 
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +23,6 @@ from lab.evaluations.probing import (
     text_residuals,
 )
 from lab.storage import randomness
-from lab.substrates.pythia import ProbeSource
 from lab.substrates.texts import Sizes
 
 NAMES = [f"{side}_{k}test_accuracy" for side in ("llm", "sae")
@@ -166,20 +164,6 @@ def test_as_many_texts_of_a_class_are_used_as_saebench_uses(tmp_path):
                       ("b", "test"): 500}
     tasks, _ = probe_tasks(texts, substrate.sizes)
     assert sizes_of(tasks)["a"] == {"train": 1400, "test": 60}
-
-
-def test_a_class_is_read_until_all_its_parts_have_their_share():
-    """Of the rarer part too, and not what came by until the other one was full."""
-    rows = [{"kind": "a", "part": "rare" if i % 5 == 0 else "often", "text": f"text {i}"}
-            for i in range(100)]
-    source = ProbeSource("here", ("a",), lambda row: row["kind"], lambda row: row["text"],
-                         balance=lambda row: row["part"])
-    read = []
-    hub = SimpleNamespace(rows=lambda *_: (read.append(row) or row for row in rows))
-    texts = [text for _, _, text in source.rows(hub, 20)]
-    rare = [text for text in texts if int(text.split()[1]) % 5 == 0]
-    assert (len(texts), len(rare)) == (20, 10)
-    assert len(read) == 46  # the tenth of the rarer part; no more is fetched
 
 
 # -- Accuracies ------------------------------------------------------------------------------------
