@@ -228,7 +228,8 @@ class Bench:
              samples: Sequence[Tensor], *more: Any) -> Info:
         """`measure(sae, heldout, samples, *more)`, from the cache if it is there."""
         contents = {f"sample_{i}": sample for i, sample in enumerate(samples)} | sae.tensors()
-        causes = (heldout.causes, checksum(contents, ""), more,
+        causes = (heldout.causes, heldout.substrate.sizes.least_questions,
+                  checksum(contents, ""), more,
                   code_digest(measure, ExportedSAE, HeldOut, Substrate))
         return self.substrate.cached(
             f"controls/{name}", lambda: ({}, measure(sae, heldout, samples, *more)), *causes)[1]
