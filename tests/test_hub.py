@@ -46,6 +46,7 @@ def surroundings(endpoint, folder, **environment):
             "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
             "SAE_CACHE_DIR": str(folder / "cache"), "SAE_SUBSTRATE": "pythia",
             "SAE_BUDGET": "smoke", "WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",  # beside the main job of the session
             **environment}
 
 
