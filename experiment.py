@@ -4,8 +4,9 @@
 
 trains SAEs on the residual stream of a language model with the row `run_3` of the table below,
 evaluates them and writes the folder. This file is what an experiment may change: run table,
-activation buffer, SAE, feature grouping and sharing, losses, trainer, run. What must stay the same
-between two runs that are compared is the laboratory, in lab/.
+activation buffer, SAE, when features are grouped and what groups share, losses, trainer, run. What
+must stay the same between two runs that are compared is the laboratory, in lab/; how features are
+grouped is there too (lab/grouping.py), since an evaluation groups in the same way.
 
 Shapes are suffixes: B tokens of a batch, D residual width, F features, G groups, M features of a
 group, K domains of text, N entries of a flat list, T tokens of a context.
@@ -74,7 +75,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 ROWS = "\n".join(f"  {name:7s} {row.get('purpose', '')}" for name, row in RUNS.items())
 CANDIDATES = ("run_1", "run_2", "run_3", "run_4", "run_5")  # of which run_10 repeats the best
-BUDGETS: dict[str, dict[str, Any]] = {  # how much is trained; how much text: lab's SIZES
+BUDGETS: dict[str, dict[str, Any]] = {  # overrule the row, so runs 2, 4, 5 are one at smoke
     "full": {},
     "smoke": dict(expansion=2, steps=120, warmup_steps=20, n_seeds=2, regroup_every=40,
                   resample_every=30, checkpoint_every=40, log_every=10),
@@ -90,9 +91,9 @@ class CustomSAEConfig:
     """What the run is there to find out."""
     orthogonality: str = "adaptive"
     """What keeps features apart, one of MODES: nothing; L_dir with equal weights; L_dir and L_use
-    with sharing in groups; OrtSAE's penalty; the first proposal, on the encoder."""
+    with sharing in groups; OrtSAE's penalty; a penalty on the encoder's Gram matrix."""
     alpha: float = 0.05
-    """Strength of the orthogonality loss; only the starting value of `trainer.alpha`."""
+    """Strength of the orthogonality loss; the trainer takes it and keeps it as `trainer.alpha`."""
     eta: float = 4.0
     """Weight of L_use beside L_dir (adaptive)."""
     direction_every: int = 8
@@ -470,7 +471,7 @@ class FramePotential(torch.autograd.Function):
 
 
 def gram_encoder_loss(W_FD: Tensor) -> Tensor:
-    """‖W Wᵀ − I‖_F² · D/F² of the encoder, the first proposal's penalty in L_dir's units."""
+    """‖W Wᵀ − I‖_F² · D/F² of the encoder, a penalty on its Gram matrix in L_dir's units."""
     F, D = W_FD.shape
     return ((W_FD.T @ W_FD).square().sum() - 2 * W_FD.square().sum() + F) * (D / F**2)
 
@@ -535,8 +536,8 @@ class Terms(NamedTuple):
 
     fit: Tensor  # E‖z − ẑ‖₂
     l1: Tensor  # E‖f‖₁
-    direction: Tensor  # L_dir
-    use: Tensor  # L_use
+    l_dir: Tensor
+    l_use: Tensor
 
 
 class CustomTrainer:
@@ -593,7 +594,7 @@ class CustomTrainer:
         seen = self.seen(code, domain_B)
         terms = self.terms(z_BD, code, seen)
         loss = (terms.fit + sparsity * terms.l1
-                + alpha * ramp * (terms.direction + self.row.eta * terms.use))
+                + alpha * ramp * (terms.l_dir + self.row.eta * terms.l_use))
         self.backward_(loss)
         self.optimizer_step_()
         numbers = self.whole_batch(loss, terms, code)
@@ -686,8 +687,8 @@ class CustomTrainer:
         n = len(code.z_hat_BD) * self.processes.size
         l0 = torch.full_like(loss, len(code.row_N) / n)
         parts = torch.stack([part.detach() for part in (loss, *terms, l0)])
-        names = ("loss", "fit", "l1", "l_dir", "l_use", "l0")
-        return dict(zip(names, self.processes.sum_(parts).tolist())) | {"lr": self.learning_rate()}
+        names, sums = ("loss", *Terms._fields, "l0"), self.processes.sum_(parts).tolist()
+        return dict(zip(names, sums, strict=True)) | {"lr": self.learning_rate()}
 
     def check_finite(self, terms: dict[str, float], odd: Iterable[str] = ()) -> None:
         if (names := ", ".join(odd)) or not all(math.isfinite(value) for value in terms.values()):
@@ -752,7 +753,7 @@ class CustomTrainer:
         self.forget_past_(dead)
 
     def forget_past_(self, features: Tensor) -> None:
-        """Newborn features have no past: no moments, silence, use or record of firing."""
+        """Newborn features have no past: no moments, silence, use or count of firing."""
         for parameter in (self.sae.W_enc_FD, self.sae.b_enc, self.sae.W_dec):
             for name in ("exp_avg", "exp_avg_sq"):
                 self.optimizer.state[parameter][name][features] = 0
@@ -877,17 +878,17 @@ def train_sae(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int, chec
     with interrupts.deferred(), bar:
         while (step := trainer.step_count) < config.steps:
             z_BD, domain_B = buffer.batch(seed, step, config.batch_size, config.forget_share, share)
-            terms = trainer.step(z_BD.to(device), domain_B.to(device))
+            numbers = trainer.step(z_BD.to(device), domain_B.to(device))
             bar.advance()
             if trainer.step_count % config.log_every == 0:
-                trainer.note(terms)
-                bar.show(loss=f"{terms['loss']:.3f}", l0=f"{terms['l0']:.0f}")
+                trainer.note(numbers)
+                bar.show(loss=f"{numbers['loss']:.3f}", l0=f"{numbers['l0']:.0f}")
                 if tracker:
                     tracker.log(trainer.history[-1])
             interrupted = bool(processes.sum_(torch.tensor(interrupts.signal or 0)))
             if interrupted or checkpoint_due(config, trainer.step_count):
                 tensors, note = trainer.state_dict()
-                trainer.check_finite(terms, non_finite(tensors))  # before it is kept
+                trainer.check_finite(numbers, non_finite(tensors))  # before it is kept
                 if not processes.rank:
                     write_tensors(checkpoint, tensors, note)
             if interrupted:

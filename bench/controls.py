@@ -65,6 +65,7 @@ COLUMNS = {
     "kappa_p90": "κ p90", "l_use": "L_use", "duplicates": "duplicates",
     "unlearning_area": "area", "unlearning_area_sae_bench": "area, SAEBench's settings",
     "accuracy_area": "accuracy area", "unlearning_score": "score",
+    "tpp_threshold_20_total_metric": "TPP, 20",
     "sae_top_1_test_accuracy": "probe, 1", "sae_top_5_test_accuracy": "probe, 5",
     "sae_test_accuracy": "probe, all",
 }

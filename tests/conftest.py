@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -10,11 +11,34 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import small
+from main_job import MainJob
 
 import experiment
 from lab.substrates import quiet_libraries
 
 quiet_libraries()
+torch.set_num_threads(small.THREADS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def early_main_job(request, tmp_path_factory):
+    """The real main job of the session: it takes a core for minutes, so it begins with the first
+    test, whichever that is, if any test needs it."""
+    if not any("main_job" in item.fixturenames for item in request.session.items):
+        yield None
+        return
+    folder = tmp_path_factory.mktemp("main")
+    cache = os.environ.get("SAE_CACHE_DIR", str(folder / "cache"))
+    started = MainJob(folder, "run_1", SAE_CACHE_DIR=cache, OMP_NUM_THREADS="1")
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="session")
+def main_job(early_main_job):
+    """The real main job, which has ended well; downloads are kept where SAE_CACHE_DIR points."""
+    assert early_main_job.wait() == 0, early_main_job.stderr.read_text()[-1500:]
+    return early_main_job
 
 
 @pytest.fixture

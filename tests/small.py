@@ -42,6 +42,7 @@ TINY_SIZES = Sizes(
     guard_contexts=4, question_candidates=8, questions=3, probe_train=40, probe_test=20,
 )
 WIDTH = 128  # D of the tiny model
+THREADS = 1  # of torch: on tensors so small, several wait for each other most of the time
 SECRETS = {"WANDB_API_KEY": "5ec7e7" + "0" * 34, "HF_TOKEN": "hf_5ec7e7",
            "AWS_SECRET_ACCESS_KEY": "5ec7e7/aws"}
 TIMES = ("timing", "datetime_epoch_millis")  # differ between equal results
@@ -145,7 +146,7 @@ def surroundings(folder, **environment):
     """The environment of a job in `folder`."""
     return {**inherited(), "SAE_SUBSTRATE": "pythia", "SAE_BUDGET": "smoke",
             "SAE_CACHE_DIR": str(folder / "cache"), "WANDB_MODE": "disabled",
-            "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
+            "OMP_NUM_THREADS": str(THREADS), **environment}
 
 
 def started(hub, folder, event="x", call=0, of="never", launcher=(), streams=None, **environment):
@@ -162,7 +163,7 @@ def started(hub, folder, event="x", call=0, of="never", launcher=(), streams=Non
 
 @functools.cache
 def processes():
-    return Forked(OMP_NUM_THREADS=str(torch.get_num_threads()))
+    return Forked(OMP_NUM_THREADS=str(THREADS))
 
 
 def child(hub, folder, event="x", call=0, of="never", **environment):

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import small
 
 ROOT = Path(__file__).resolve().parent.parent
 FED_BACK = 1500  # characters of stderr
@@ -35,7 +36,8 @@ class Harness:
         self.folder = folder
         self.environment = {
             "HUB": str(hub), "TESTS": str(ROOT / "tests"), "SAE_SUBSTRATE": "pythia",
-            "SAE_BUDGET": "smoke", "WANDB_MODE": "disabled"}
+            "SAE_BUDGET": "smoke", "WANDB_MODE": "disabled",
+            "OMP_NUM_THREADS": str(small.THREADS)}
         script = (ROOT / "experiment.py").read_text()
         assert script.count(GUARD) == 1
         (folder / "experiment.py").write_text(script.replace(GUARD, SMALL_GUARD))

@@ -1,4 +1,4 @@
-"""The real main job on the `pythia` substrate, against a Hub on this machine that may fail."""
+"""The main job on the `pythia` substrate, against a Hub on this machine that may fail."""
 
 import json
 import os
@@ -36,6 +36,11 @@ places, rows = [], Pythia.rows
 Pythia.rows = lambda self, *place: (places.append(place), rows(self, *place))[1]
 print(to_json({"corpus": Pythia(cache).corpus(SIZES["smoke"]), "places": places}))
 """
+SHORT = """
+import sys, experiment
+experiment.BUDGETS["smoke"] |= dict(steps=40, ramp_fraction=0.5, n_seeds=1)
+sys.exit(experiment.main(sys.argv[1:]))
+"""  # as far as training goes: tests/test_main.py has the whole of it
 CHOOSE = FETCH.replace("Pythia(cache).fetch()", "print(choose_source('auto', cache).name)")
 
 
@@ -46,6 +51,7 @@ def surroundings(endpoint, folder, **environment):
             "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
             "SAE_CACHE_DIR": str(folder / "cache"), "SAE_SUBSTRATE": "pythia",
             "SAE_BUDGET": "smoke", "WANDB_MODE": "disabled", "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",  # beside the main job of the session
             **environment}
 
 
@@ -54,8 +60,8 @@ def run(endpoint, folder, *arguments, **environment):
                           env=surroundings(endpoint, folder, **environment))
 
 
-def experiment(endpoint, folder, out_dir="run_2", **environment):
-    return run(endpoint, folder, ROOT / "experiment.py", f"--out_dir={out_dir}", **environment)
+def short(endpoint, folder, out_dir="run_2", **environment):
+    return run(endpoint, folder, "-c", SHORT, f"--out_dir={out_dir}", **environment)
 
 
 def one_line_error(done):
@@ -82,7 +88,7 @@ def study(running_hub, tmp_path_factory):
     running_hub.requests.clear()
     running_hub.faults += [Fault(f"/datasets/{ABSENT}", "absent"),
                            Fault(f"{BROKEN}.*parquet", "broken")]
-    done = experiment(running_hub.endpoint, folder)
+    done = short(running_hub.endpoint, folder)
     running_hub.faults.clear()
     assert done.returncode == 0, done.stderr[-1500:]
     return folder, done, list(running_hub.requests)
@@ -154,7 +160,7 @@ def test_the_main_job_runs_on_what_the_hub_serves(study):
     assert info["means"]["llm_test_accuracy"] > 0.75
     unlearning = info["unlearning"]["per_seed"][0]
     assert unlearning["counts"]["forget"]["asked"] == 16
-    exported = json.loads((folder / "run_2" / "seed_1" / "sae_lens" / "cfg.json").read_text())
+    exported = json.loads((folder / "run_2" / "seed_0" / "sae_lens" / "cfg.json").read_text())
     assert exported["d_in"] == 512
     assert exported["metadata"]["model_name"] == NAME
 
@@ -228,7 +234,7 @@ def test_another_row_runs_offline_from_the_cache(hub, study):
     folder, _, requests = study
     hub.faults.append(Fault("", "hang up"))
     before = len(hub.requests)
-    done = experiment(hub.endpoint, folder, "run_8", HF_HUB_OFFLINE="1", SAE_SUBSTRATE="auto")
+    done = short(hub.endpoint, folder, "run_8", HF_HUB_OFFLINE="1", SAE_SUBSTRATE="auto")
     assert done.returncode == 0, done.stderr[-1500:]
     assert len(hub.requests) == before
     first, second = read(folder, "run_2"), read(folder, "run_8")
@@ -388,7 +394,7 @@ def test_a_hub_that_refuses_names_the_token_and_no_other_substrate_is_taken(
 
 
 def test_pythia_with_nobody_there_is_one_line(tmp_path):
-    error = one_line_error(experiment(NOWHERE, tmp_path))
+    error = one_line_error(run(NOWHERE, tmp_path, ROOT / "experiment.py", "--out_dir=run_2"))
     assert NAME in error
     assert "Connection refused" in error
     assert not (tmp_path / "run_2" / "final_info.json").exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import small
 import torch
+from main_job import MainJob
 from safetensors.torch import load_file
 
 import experiment as ex
@@ -25,21 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 EVALUATIONS = ("reconstruction", "conditioning", "separation", "unlearning")
 
 
-def command(folder, out_dir, **environment):
-    env = {**os.environ, "SAE_BUDGET": "smoke", "SAE_SUBSTRATE": "standin",
-           "WANDB_MODE": "offline", **environment}
-    return subprocess.run([sys.executable, ROOT / "experiment.py", f"--out_dir={out_dir}"],
-                          cwd=folder, env=env, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="session")
-def study(tmp_path_factory):
-    """A folder in which run_1 has run; downloads are kept where SAE_CACHE_DIR points, if set."""
-    folder = tmp_path_factory.mktemp("study")
-    cache = os.environ.get("SAE_CACHE_DIR", str(folder / "cache"))
-    done = command(folder, "run_1", SAE_CACHE_DIR=cache)
-    assert done.returncode == 0, done.stderr[-1500:]
-    return folder, Path(cache), done
+def study(main_job):
+    """A folder in which run_1 has run."""
+    return main_job.folder
 
 
 def read(folder):
@@ -53,7 +43,7 @@ def read(folder):
 
 
 def test_results_have_the_keys_of_the_given_baseline_and_their_own(study):
-    info = read(study[0] / "run_1")
+    info = read(study / "run_1")
     baseline = read(ROOT / "run_0")
     assert set(baseline) <= set(info)
     sizes = {"texts"}  # how many there were of each class: more than SAEBench says
@@ -70,9 +60,9 @@ def test_results_have_the_keys_of_the_given_baseline_and_their_own(study):
 
 
 def test_results_tell_what_ran(study):
-    info = read(study[0] / "run_1")
+    info = read(study / "run_1")
     assert (info["run"], info["substrate"], info["budget"]) == ("run_1", "standin", "smoke")
-    assert info["config"] == json.loads((study[0] / "run_1" / "config.json").read_text())
+    assert info["config"] == json.loads((study / "run_1" / "config.json").read_text())
     assert (info["config"]["alpha"], info["config"]["orthogonality"]) == (0.1, "adaptive")
     assert (info["config"]["d_in"], info["config"]["d_sae"]) == (576, 1152)
     assert {name: info["config"][name] for name in dataclasses.asdict(SIZES["smoke"])} == (
@@ -84,7 +74,7 @@ def test_results_tell_what_ran(study):
 
 
 def test_the_numbers_of_a_run_make_sense(study):
-    info = read(study[0] / "run_1")
+    info = read(study / "run_1")
     means = info["means"]
     assert [row["seed"] for row in info["seeds"]] == [0, 1]
     assert means["ce_score"] > 0.2
@@ -102,29 +92,28 @@ def test_the_numbers_of_a_run_make_sense(study):
 
 
 def test_training_curves_have_a_line_a_logged_step_and_seed(study):
-    text = (study[0] / "run_1" / "history.jsonl").read_text()
+    text = (study / "run_1" / "history.jsonl").read_text()
     lines = [json.loads(line) for line in text.splitlines()]
     for seed in (0, 1):
         steps = [line for line in lines if line["seed"] == seed and "loss" in line]
         assert [line["step"] for line in steps] == list(range(10, 121, 10))
         assert all(line["alpha"] == 0.1 for line in steps)
-        assert steps[-1]["loss"] == read(study[0] / "run_1")["seeds"][seed]["final_loss"]
+        assert steps[-1]["loss"] == read(study / "run_1")["seeds"][seed]["final_loss"]
 
 
-def test_a_run_says_what_came_out_and_notes_it(study):
-    folder, _, done = study
-    lines = done.stdout.splitlines()
+def test_a_run_says_what_came_out_and_notes_it(study, main_job):
+    lines = main_job.stdout.read_text().splitlines()
     assert lines[0] == "run_1 on standin (smoke), mean ± standard error of 2 seeds"
     assert lines[-1] == "written to run_1"
-    notes = (folder / "notes.txt").read_text()
+    notes = (study / "notes.txt").read_text()
     assert notes.count("=== run_1 (written by experiment.py) ===") == 1
     assert all(line in notes.splitlines() for line in lines[1:-1])
-    assert "Traceback" not in done.stderr
-    assert "Warning" not in done.stderr
+    assert "Traceback" not in main_job.stderr.read_text()
+    assert "Warning" not in main_job.stderr.read_text()
 
 
 def test_exports_are_the_same_sae(study):
-    folder = study[0] / "run_1" / "seed_0"
+    folder = study / "run_1" / "seed_0"
     lens = load_file(folder / "sae_lens" / "sae_weights.safetensors")
     other = torch.load(folder / "dictionary_learning" / "trainer_0" / "ae.pt", weights_only=True)
     torch.testing.assert_close(lens["W_enc"], other["encoder.weight"].T)
@@ -134,39 +123,39 @@ def test_exports_are_the_same_sae(study):
     torch.testing.assert_close(lens["W_dec"].norm(dim=1), torch.ones(len(lens["W_dec"])))
 
 
-def test_a_second_run_gives_the_same_numbers_and_computes_nothing(study):
-    folder, cache, _ = study
+def test_a_second_run_gives_the_same_numbers_and_computes_nothing(study, tmp_path):
+    cache = Path(os.environ.get("SAE_CACHE_DIR", str(study / "cache")))
 
     def kept():
         files = (cache / "standin").rglob("*.safetensors")
         return {path: path.stat().st_mtime_ns for path in files}
 
-    before, times = kept(), small.TIMES
-    assert command(folder, "again/run_1", SAE_CACHE_DIR=str(cache)).returncode == 0
+    before = kept()
+    again = MainJob(tmp_path, "run_1", SAE_CACHE_DIR=str(cache), OMP_NUM_THREADS="1")
+    assert again.wait() == 0, again.stderr.read_text()[-1500:]
     assert kept() == before
-    first, second = ({key: part for key, part in read(place).items() if key not in times}
-                     for place in (folder / "run_1", folder / "again" / "run_1"))
+    first, second = ({key: part for key, part in read(folder / "run_1").items()
+                      if key not in small.TIMES} for folder in (study, tmp_path))
     assert first == second
 
 
 def test_plot_draws_the_run(study):
-    folder = study[0]
-    done = subprocess.run([sys.executable, ROOT / "plot.py"], cwd=folder, capture_output=True,
+    done = subprocess.run([sys.executable, ROOT / "plot.py"], cwd=study, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr[-1500:]
-    assert (folder / "figures" / "overview.png").stat().st_size > 10_000
+    assert (study / "figures" / "overview.png").stat().st_size > 10_000
 
 
 # -- What is refused -----------------------------------------------------------------------------
 
 
 def test_a_bad_row_is_named_beside_those_that_there_are_and_the_exit_code_is_1(tmp_path):
-    done = command(tmp_path, "run_11", SAE_CACHE_DIR=str(tmp_path / "cache"))
-    assert (done.returncode, done.stdout) == (1, "")
-    lines = done.stderr.splitlines()
+    bad = MainJob(tmp_path, "run_11", SAE_CACHE_DIR=str(tmp_path / "cache"))
+    assert (bad.wait(), bad.stdout.read_text()) == (1, "")
+    lines = bad.stderr.read_text().splitlines()
     assert lines[0].startswith("error: --out_dir ends in 'run_11', which is no row of the table")
     assert [line.split()[0] for line in lines[1:]] == list(ex.RUNS)
-    assert not list(tmp_path.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["stderr", "stdout"]
 
 
 @pytest.mark.parametrize(("out_dir", "environment", "reason"), [

@@ -100,21 +100,21 @@ def decoder_metrics(sae: ExportedSAE, use_KF: Tensor) -> dict[str, Any]:
     F, D = W_FD.shape
     share_KF = use_KF / use_KF.sum(1, keepdim=True).clamp(min=1e-12)
     total_F = share_KF.sum(0)
-    biology, other = ((share_KF[k] > SERVES_ONE * total_F) & (total_F > 0)
+    forget_F, retain_F = ((share_KF[k] > SERVES_ONE * total_F) & (total_F > 0)
                       for k in (FORGET, RETAIN))
     largest, duplicates = [], 0
     for start in range(0, F, 1024):
         cosine = W_FD[start : start + 1024] @ W_FD.T
         cosine.diagonal(start).fill_(-1)
         largest.append(cosine.max(dim=1).values)
-        close = cosine[biology[start : start + 1024]][:, other] > DUPLICATE_COSINE
+        close = cosine[forget_F[start : start + 1024]][:, retain_F] > DUPLICATE_COSINE
         duplicates += int(close.sum())
     return {
         "max_decoder_cosine": float(torch.cat(largest).mean()),
         "l_dir": float(((W_FD.T @ W_FD).square().sum() - W_FD.square().sum(1).square().sum())
                        * (D / F**2)),
         "l_dir_floor": 1 - D / F, "l_use": impurity(use_KF), "duplicates": duplicates,
-        "forget_features": int(biology.sum()),
+        "forget_features": int(forget_F.sum()),
     }
 
 
