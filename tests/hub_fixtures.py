@@ -149,7 +149,8 @@ def card(configs):
 
 
 def language_model(texts):
-    """Files of a model of Pythia-70M's architecture with random weights and a small vocabulary."""
+    """Files of a model of Pythia-70M's kind and width with random weights, a small vocabulary, and
+    narrower and fewer blocks: one after the hook."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=1200, special_tokens=["<|endoftext|>"],
@@ -157,8 +158,8 @@ def language_model(texts):
                                   show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     config = transformers.GPTNeoXConfig(
-        vocab_size=1280, hidden_size=512, num_hidden_layers=6, num_attention_heads=8,
-        intermediate_size=2048, rotary_pct=0.25, max_position_embeddings=2048, bos_token_id=0,
+        vocab_size=1280, hidden_size=512, num_hidden_layers=5, num_attention_heads=8,
+        intermediate_size=256, rotary_pct=0.25, max_position_embeddings=2048, bos_token_id=0,
         eos_token_id=0, use_parallel_residual=True, tie_word_embeddings=False)
     torch.manual_seed(0)
     model = transformers.GPTNeoXForCausalLM(config).half()

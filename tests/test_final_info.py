@@ -13,7 +13,6 @@ from lab.console import UserError
 from lab.evaluations.probing import K_VALUES
 from lab.results.checksum import NOT_CHECKED, is_unaltered, result_checksum
 from lab.results.final_info import (
-    SAMPLED,
     averaged,
     best_run,
     compare,
@@ -22,8 +21,10 @@ from lab.results.final_info import (
     means_and_stderrs,
     read_result,
     sae_bench_part,
+    sampling_error,
+    without_samples,
 )
-from lab.results.frontier import COSTS
+from lab.results.frontier import AREAS, COSTS, METRICS, summarize
 from lab.storage import write_text
 from lab.substrates.texts import Sizes
 
@@ -170,26 +171,31 @@ def test_every_evaluations_numbers_have_a_name_of_their_own():
         "sparse_probing": {"sae_test_accuracy": 0.9, "details": [], "skipped": {}},
         "separation": {"tpp_threshold_2_total_metric": 0.2, "details": [], "skipped": {"ratings":
                        "2 classes"}},
-        "unlearning": {"area": 1.0, "area_labelled": 2.0, "score": None, "accuracy_area": 0.1,
-                       **{f"forget_rise_at_{cost}": cost for cost in COSTS}, "settings": []}}
+        "unlearning": {**{name: float(i) for i, name in enumerate(METRICS)}, "settings": [],
+                       "unlearning_score": None, "unlearning_area_interval": [0.0, 1.0],
+                       "coverage": {name: {"forget": 0.3 + i, "retain": 0.1, "news": 0.2}
+                                    for i, name in enumerate(AREAS)}}}
     assert flat_metrics(parts) == {
         "l0": 4.0, "l0_forget": 0, "l0_retain": 1, "l0_other": 2,
         "explained_variance_forget": 0.0, "explained_variance_retain": 0.1,
         "explained_variance_other": 0.2, "frac_alive_forget": 1.0, "frac_alive_retain": 1.0,
         "frac_alive_other": 1.0, "kappa_median": 2.0, "sae_test_accuracy": 0.9,
         "tpp_threshold_2_total_metric": 0.2,
-        "unlearning_area": 1.0, "unlearning_area_labelled": 2.0, "unlearning_score": None,
-        "accuracy_area": 0.1, "forget_rise_at_0.01": 0.01, "forget_rise_at_0.05": 0.05,
-        "forget_rise_at_0.1": 0.1}
+        "unlearning_area": 0.0, "unlearning_area_static": 1.0, "unlearning_area_sae_bench": 2.0,
+        "unlearning_area_labelled": 3.0, "forget_rise_at_0.01": 4.0, "forget_rise_at_0.05": 5.0,
+        "forget_rise_at_0.1": 6.0, "accuracy_area": 7.0, "unlearning_score": None,
+        "coverage_forget": 0.3, "coverage_retain": 0.1, "coverage_news": 0.2}
+    del parts["unlearning"]["coverage"]["unlearning_area"]  # of texts that are not there
+    assert not [name for name in flat_metrics(parts) if name.startswith("coverage")]
 
 
 # -- Comparisons -----------------------------------------------------------------------------------
 
 
-def result(values, samples):
-    """A result with the seeds' `values` for every metric, all with the same samples."""
-    names = ("x", *SAMPLED)
-    return {**RESULT, "unlearning": {"per_seed": [{"samples": samples}] * len(values)},
+def result(values, part):
+    """A result with the seeds' `values` for every metric, all measured as `part` says."""
+    names = ("x", *METRICS)
+    return {**RESULT, "unlearning": {"per_seed": [part] * len(values)},
             "seeds": [{"seed": s, **dict.fromkeys(names, v)} for s, v in enumerate(values)]}
 
 
@@ -197,13 +203,21 @@ def compared(gains, ours, theirs):
     return compare(result(gains, ours), result([0.0] * len(gains), theirs))
 
 
-def sample(rises, rights):
-    return {"forget_rise": [rises], "retain_rise": [[0.3] * len(rises)], "other_rise": [],
-            "forget_right": [rights], "retain_right": ["1" * len(rights)]}
+def sample(rises, rights, n_sets=1):
+    """What an evaluation keeps of one static setting at a cost of 0.15."""
+    texts = {"forget": list(rises), "retain": [0.15] * len(rises), "news": [0.0] * len(rises)}
+    one = {"n_features": 10, "limits": [-1.0], "multipliers": [2.0], "threshold": 0.01,
+           "n_selected": 10, "rise": {kind: [rise] for kind, rise in texts.items()},
+           "share": {kind: [0.5] * len(rise) for kind, rise in texts.items()}}
+    asked = {"n_features": 10, "limit": 0, "whole": True,
+             "right": {"forget": rights, "retain": "1" * len(rights)}}
+    return {"contexts": {kind: len(rise) for kind, rise in texts.items()}, "sets": [one] * n_sets,
+            "reference_rise": [1e3] * len(rises), "asked": [asked] * n_sets,
+            "counts": {name: {"kept": len(rights)} for name in ("forget", "retain")}}
 
 
 def test_seeds_are_paired_and_the_interval_is_students():
-    same = sample([1.0, 1.0], "01")
+    same = sample([1.0] * 4, "0101")
     difference = compared([1.0, 2.0, 3.0], same, same)["x"]
     half = 4.30265 / math.sqrt(3)  # t of two degrees of freedom, of a table
     expected = {"difference": 2.0, "stderr": 1 / math.sqrt(3), "low": 2 - half, "high": 2 + half}
@@ -213,7 +227,7 @@ def test_seeds_are_paired_and_the_interval_is_students():
 
 
 def test_runs_of_other_seeds_are_not_compared():
-    one, other = (result([1.0], sample([1.0], "1")) for _ in range(2))
+    one, other = (result([1.0], sample([1.0] * 2, "11")) for _ in range(2))
     other["seeds"][0]["seed"] = 1
     assert compare(one, other) is None
 
@@ -224,32 +238,50 @@ def test_intervals_count_the_texts_and_questions_that_all_seeds_share():
     rises = rng.normal(2.0, 1.0, 400).clip(0.01)
     rights = "".join(map(str, rng.integers(0, 2, 400)))
     nothing = sample([0.0] * 400, "1" * 400)
-    gain = compared([1.0] * 3, sample(list(rises), rights), nothing)
+    gain = compared([1.0] * 3, sample(rises, rights), nothing)
     assert gain["x"]["low"] == gain["x"]["high"] == 1.0  # no text nor question in it
-    # one setting at cost 0.3: the area is half the mean rise; the score is all that is lost
-    for name, error in (("unlearning_area", 0.5 * rises.std() / 20),
-                        ("unlearning_area_labelled", 0.5 * rises.std() / 20),
-                        ("unlearning_score", 0.5 / 20), ("accuracy_area", 0.5 / 20)):
-        assert gain[name]["high"] - 1 == pytest.approx(1.96 * error, rel=0.2)
+    # the area is a triangle to 0.15, then level: 0.75 times the mean rise; the score all that is
+    # lost
+    error = rises.std() / 20
+    errors = {**dict.fromkeys((*AREAS, "unlearning_area_labelled"), 0.75 * error),
+              **{f"forget_rise_at_{cost}": cost / 0.15 * error for cost in COSTS},
+              "unlearning_score": 0.5 / 20, "accuracy_area": 0.5 / 20}
+    assert errors.keys() == METRICS.keys()
+    for name, expected in errors.items():
+        assert gain[name]["high"] - 1 == pytest.approx(1.96 * expected, rel=0.2)
         assert gain[name]["stderr"] == 0  # over seeds
-    more = {name: part * 2 for name, part in nothing.items()}  # settings may differ in number
-    again = compared([1.0] * 3, sample(list(rises), rights), more)
+    more = sample([0.0] * 400, "1" * 400, n_sets=2)  # settings may differ in number
+    again = compared([1.0] * 3, sample(rises, rights), more)
     assert again["unlearning_area"] == gain["unlearning_area"]
-    both = compared([1.0] * 3, sample(list(rises + 1), rights), sample(list(rises), rights))
+    none = sample([0.0] * 400, "1" * 400, n_sets=0)  # an SAE may have nothing to clamp
+    assert compared([1.0] * 3, sample(rises, rights), none)["unlearning_area"] == gain[
+        "unlearning_area"]
+    both = compared([1.0] * 3, sample(rises + 1, rights), sample(rises, rights))
     assert both["unlearning_area"]["high"] == pytest.approx(1, abs=1e-6)  # all gain the same
+
+
+def test_a_difference_of_sides_that_are_drawn_alike_has_the_error_of_the_difference():
+    """Not of each side by itself: texts that are hard for one SAE are hard for the other."""
+    rng = np.random.default_rng(0)
+    shared, own = rng.normal(3.0, 1.0, 400), rng.normal(0.5, 0.1, 400)
+    ours, theirs = [sample(shared + own, "1")], [sample(shared, "1")]
+    error = sampling_error("unlearning_area", ours, theirs, draws=200)
+    assert error == pytest.approx(0.75 * own.std() / 20, rel=0.2)
+    twice = sampling_error("unlearning_area", ours * 2, theirs * 2, draws=200)
+    assert twice == pytest.approx(error)  # seeds share the texts: more of them help nothing
 
 
 def test_sides_measured_on_different_numbers_of_texts_have_no_interval():
     """A sampling error of 0 would narrow it silently; what is not sampled keeps its own."""
-    gain = compared([1.0, 2.0, 3.0], sample([1.0, 2.0], "01"), sample([0.0], "1"))
-    for name in SAMPLED:
+    gain = compared([1.0, 2.0, 3.0], sample([1.0] * 4, "0101"), sample([0.0] * 2, "11"))
+    for name in METRICS:
         assert gain[name] == {"difference": 2.0, "stderr": pytest.approx(1 / math.sqrt(3)),
                               "low": None, "high": None}
     assert gain["x"]["low"] is not None
 
 
 def test_a_metric_that_one_seed_lacks_costs_its_own_comparison_only():
-    ours, theirs = (result([1.0, 2.0], sample([1.0], "1")) for _ in range(2))
+    ours, theirs = (result([1.0, 2.0], sample([1.0] * 2, "11")) for _ in range(2))
     del ours["seeds"][0]["x"]
     theirs["seeds"][1]["unlearning_score"] = None
     difference = compare(ours, theirs)
@@ -265,7 +297,7 @@ def test_a_metric_that_one_seed_lacks_costs_its_own_comparison_only():
     ("evaluation_code", {"environment": {**ENVIRONMENT, "evaluation_code": "other"}}),
     ("language_model_dtype", {"environment": {**ENVIRONMENT, "language_model_dtype": "bfloat16"}})])
 def test_a_neighbour_that_was_not_measured_alike_is_not_compared(tmp_path, capsys, name, changes):
-    info = result([1.0], sample([1.0], "1"))
+    info = result([1.0], sample([1.0] * 2, "11"))
     write_result(tmp_path / "run_7", **{**info, "run": "run_7"})
     write_result(tmp_path / "run_8", **{**info, "run": "run_8", **changes})
     assert comparisons(info, tmp_path).keys() == {"run_7"}
@@ -273,7 +305,7 @@ def test_a_neighbour_that_was_not_measured_alike_is_not_compared(tmp_path, capsy
 
 
 def test_a_malformed_neighbour_costs_its_own_comparison_only(tmp_path, capsys):
-    info = result([1.0], sample([1.0], "1"))
+    info = result([1.0], sample([1.0] * 2, "11"))
     write_result(tmp_path / "run_7", **{**info, "run": "run_7"})
     write_result(tmp_path / "run_8", **{**info, "run": "run_8", "unlearning": None})
     assert comparisons(info, tmp_path).keys() == {"run_7"}
@@ -281,9 +313,26 @@ def test_a_malformed_neighbour_costs_its_own_comparison_only(tmp_path, capsys):
 
 
 def test_a_reference_is_not_compared_with_itself(tmp_path):
-    info = {**result([1.0], sample([1.0], "1")), "run": "run_8"}
+    info = {**result([1.0], sample([1.0] * 2, "11")), "run": "run_8"}
     write_result(tmp_path / "run_8", **info)
     assert comparisons(info, tmp_path) == {}
+
+
+# -- The yardstick ---------------------------------------------------------------------------------
+
+
+def test_the_yardstick_keeps_all_but_its_samples():
+    part = sample([2.0] * 4, "0101")
+    kept = without_samples({**part, **summarize(part, 2)})
+    assert not kept.keys() & {"sets", "asked", "reference_rise"}
+    for name in METRICS:
+        assert kept[name] is not None
+        assert len(kept[f"{name}_interval"]) == 2
+    assert kept["coverage"]["unlearning_area"].keys() == {"forget", "retain", "news"}
+    assert kept["settings"] == [{"threshold": 0.01, "n_features": 10, "n_selected": 10,
+                                 "multiplier": 2.0, "forget_ce_rise": 2.0,
+                                 "retain_ce_rise": pytest.approx(0.15), "news_ce_rise": 0.0}]
+    assert len(kept["frontier"]) > 10
 
 
 # -- SAEBench's keys -------------------------------------------------------------------------------

@@ -160,6 +160,8 @@ def test_the_main_job_runs_on_what_the_hub_serves(study):
     assert info["means"]["llm_test_accuracy"] > 0.75
     unlearning = info["unlearning"]["per_seed"][0]
     assert unlearning["counts"]["forget"]["asked"] == 16
+    assert unlearning["contexts"] == dict.fromkeys(("forget", "retain", "news", "mmlu"), 4)
+    assert {name for one in unlearning["sets"] for name in one["rise"]} == {*unlearning["contexts"]}
     exported = json.loads((folder / "run_2" / "seed_0" / "sae_lens" / "cfg.json").read_text())
     assert exported["d_in"] == 512
     assert exported["metadata"]["model_name"] == NAME

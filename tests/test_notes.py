@@ -157,6 +157,22 @@ def test_a_summary_compares_with_the_vanilla_run_where_there_is_an_interval():
     assert "run_8" not in summary(info)[1]
 
 
+def test_a_summary_tells_what_the_clamps_cover_and_what_labels_alone_give():
+    """Beside the area, on the same line."""
+    means = {"unlearning_area": 1.234, "coverage_forget": 0.311, "coverage_retain": 0.0012,
+             "coverage_news": 0.0049}
+    parts = {"mean_difference": {"unlearning_area": 1.5},
+             "logistic_regression": {"unlearning_area": 2.104}}
+    info = {"means": means, "stderrs": {}, "comparisons": {}, "yardstick": parts}
+    lines = summary(info)
+    assert len(lines) == 3
+    assert lines[1].startswith("unlearning area in nats 1.23, score undefined")
+    assert lines[1].endswith("; clamps on 31.1 % of forget and at most 0.49 % of other tokens"
+                             "; by labels alone 2.10")
+    means["coverage_news"] = parts["logistic_regression"]["unlearning_area"] = None
+    assert summary(info)[1].endswith("accuracy area undefined; by labels alone 1.50")
+
+
 def test_a_row_is_described_by_what_it_trains_with():
     assert describe({**CONFIG, "orthogonality": "fixed", "alpha": 0.05}) == "fixed, α 0.05"
     assert describe({**CONFIG, "orthogonality": "adaptive", "alpha": 0.1}) == (

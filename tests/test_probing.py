@@ -7,9 +7,11 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from tiny_substrate import random_sae, tiny_substrate
 
+from lab.evaluations import probing
 from lab.evaluations.probing import (
     K_VALUES,
     LEAST_TEXTS,
+    STRENGTHS,
     ProbeSet,
     add_rows_,
     binary_task,
@@ -200,6 +202,67 @@ def test_a_probe_is_plain_logistic_regression_on_the_columns_of_largest_differen
     assert probe_accuracy(train, test, k) == pytest.approx(np.mean(right))
 
 
+def tuned_by_hand(train, test, k):
+    """The reference probe step by step."""
+    (x, y), (x_test, y_test) = train, test
+    mean, scale = x.mean(0), x.std(0)
+    x, x_test = (x - mean) / scale, (x_test - mean) / scale
+    columns = np.argsort(-np.abs(x[y].mean(0) - x[~y].mean(0)))[:k]
+    x, x_test = x[:, columns], x_test[:, columns]
+    fold = np.zeros(len(y), dtype=int)
+    for label in (True, False):  # each fold has a third of each class
+        for number, part in enumerate(np.array_split(np.flatnonzero(y == label), 3)):
+            fold[part] = number
+    scores = {}
+    for strength in STRENGTHS:
+        probe = LogisticRegression(C=strength, max_iter=1000)
+        scores[strength] = np.mean([probe.fit(x[fold != f], y[fold != f]).score(
+            x[fold == f], y[fold == f]) for f in range(3)])
+    best = max(STRENGTHS, key=lambda strength: scores[strength])  # the first of equals
+    return LogisticRegression(C=best, max_iter=1000).fit(x, y).score(x_test, y_test), best
+
+
+@pytest.mark.parametrize("k", [1, 3, None])
+def test_a_reference_probe_is_standardised_and_tuned_on_the_training_part(k):
+    """Columns of very different size: the largest tells nothing."""
+    rng, chosen = np.random.default_rng(2), set()
+    for size in (60, 240):
+        x, y = rng.normal(size=(2 * size, 30)).astype(np.float32), rng.random(2 * size) < 0.5
+        x += np.outer(y, np.linspace(0, 1, 30)).astype(np.float32)
+        x *= np.geomspace(1e4, 1e-3, 30).astype(np.float32)
+        train, test = (x[:size], y[:size]), (x[size:], y[size:])
+        expected, best = tuned_by_hand(train, test, k)
+        chosen.add(best)
+        assert probe_accuracy(train, test, k, tuned=True) == pytest.approx(expected)
+    assert chosen - {1.0}, "the case must need another strength than the usual one"
+
+
+def test_a_reference_probe_is_not_misled_by_the_scale_of_a_column():
+    rng = np.random.default_rng(0)
+    y = np.arange(600) % 2 == 0
+    x = rng.normal(size=(600, 20)).astype(np.float32)
+    x[:, 7] = 1e-3 * (x[:, 7] + 4 * y)
+    x[:, 3] *= 1e4
+    train, test = (x[:400], y[:400]), (x[400:], y[400:])
+    assert probe_accuracy(train, test, 1, tuned=True) > 0.95
+    assert probe_accuracy(train, test, 1) < 0.65
+
+
+def test_a_reference_probe_does_not_overfit_where_many_columns_tell_little():
+    """0.15 deviations in each of 200 columns, from 400 texts: a strong penalty is best."""
+    rng = np.random.default_rng(0)
+    y = np.arange(2400) % 2 == 0
+    x = (rng.normal(size=(2400, 200)) + 0.15 * y[:, None]).astype(np.float32)
+    train, test = (x[:400], y[:400]), (x[400:], y[400:])
+    assert probe_accuracy(train, test, None, tuned=True) > probe_accuracy(train, test, None) + 0.03
+
+
+def test_a_reference_probe_of_the_fewest_texts_is_tuned_on_as_many_folds_as_they_allow():
+    x = np.array([[0.0], [0.1], [1.0], [1.1]], np.float32)
+    y = np.array([False, False, True, True])
+    assert probe_accuracy((x, y), (x, y), None, tuned=True) == 1.0
+
+
 def test_a_data_sets_accuracy_is_the_mean_over_its_classes_one_against_the_rest():
     """Feature 0 tells class a, feature 1 class b; c is what fires neither. By one feature a and b
     are always told, c as far as the chosen one of the two goes: three quarters."""
@@ -257,14 +320,16 @@ def test_without_any_set_every_accuracy_is_undefined(tmp_path):
 def test_the_residual_streams_own_probes_are_made_once_for_all_saes(tmp_path, monkeypatch):
     made = []
 
-    def counted(**options):
-        made.append(options)
-        return LogisticRegression(**options)
+    plain = probing.probe_accuracy
 
-    monkeypatch.setattr("lab.evaluations.probing.LogisticRegression", counted)
+    def counted(train, test, k, tuned):
+        made.append(tuned)
+        return plain(train, test, k, tuned)
+
+    monkeypatch.setattr(probing, "probe_accuracy", counted)
     probes = {"n": rows({"a": (12, 6), "b": (12, 6)})}
     a_table = 2 * (len(K_VALUES) + 1)  # two classes
     first = evaluated(tmp_path, probes)
-    assert len(made) == 2 * a_table
+    assert (made.count(True), made.count(False)) == (a_table, a_table)
     assert evaluated(tmp_path, probes) == first
-    assert len(made) == 3 * a_table
+    assert (made.count(True), made.count(False)) == (a_table, 2 * a_table)

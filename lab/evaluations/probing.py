@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from lab.console import progress
@@ -19,6 +21,8 @@ from lab.substrates.texts import Sizes, shuffled
 K_VALUES = (1, 2, 5, 10, 20, 50)  # features that a sparse probe may use
 SEED = 42  # of the choice of texts
 LEAST_TEXTS = 4  # of a part of a task
+STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)  # C between which a reference probe chooses
+FOLDS = 3  # of its training part
 TEXTS_AT_ONCE = 32  # through the language model
 TOKENS_AT_ONCE = 4096  # through the SAE
 
@@ -134,10 +138,11 @@ def evaluate_sparse_probing(sae: ExportedSAE, substrate: Substrate,
     chance is 0.5.
 
     SAEBench's sparse probing; its full-width probe is trained otherwise, and chosen by its accuracy
-    on test data, which ours is not. The same probes on the raw residual stream (`llm_…`) are the
-    reference. `texts` of a data set are those that each class's task used. `skipped` has the sets
-    and classes without a task; they count for nothing. What it cannot tell: whether a feature
-    means the class or something that goes with it.
+    on test data, which ours is not. The reference are probes on the raw residual stream (`llm_…`).
+    They are given what they need to be good: standardised inputs, and a strength that is chosen by
+    cross-validation on the training part. `texts` of a data set are those that each class's task
+    used. `skipped` has the sets and classes without a task; they count for nothing. What it cannot
+    tell: whether a feature means the class or something that goes with it.
     """
     details, skipped = [], {}
     for texts in (pooled_for(sae, one) for one in sets):
@@ -160,7 +165,7 @@ def llm_table(substrate: Substrate, texts: PooledSet, tasks: Tasks) -> dict[str,
               code_digest(probe_tasks, probe_table, add_rows_, ProbeSet))
     return substrate.cached(
         f"probe-llm-{texts.name.replace('/', '_')}",
-        lambda: ({}, probe_table(texts.residuals_OD, texts, tasks)), *causes)[1]
+        lambda: ({}, probe_table(texts.residuals_OD, texts, tasks, tuned=True)), *causes)[1]
 
 
 def probe_tasks(texts: ProbeSet | PooledSet, sizes: Sizes) -> tuple[Tasks, dict[str, str]]:
@@ -189,14 +194,15 @@ def score(k: int | None) -> str:
     return "test_accuracy" if k is None else f"top_{k}_test_accuracy"
 
 
-def probe_table(features: np.ndarray, texts: PooledSet, tasks: Tasks) -> dict[str, float]:
+def probe_table(features: np.ndarray, texts: PooledSet, tasks: Tasks,
+                tuned: bool = False) -> dict[str, float]:
     """Accuracies of one data set, mean over its classes one against the rest, by k."""
     table: dict[str, list[float]] = {score(k): [] for k in (*K_VALUES, None)}
     for label, task in tasks.items():
         parts = [(features[index], texts.labels[index] == label)
                  for index in (task["train"], task["test"])]
         for k in (*K_VALUES, None):
-            table[score(k)].append(probe_accuracy(*parts, k))
+            table[score(k)].append(probe_accuracy(*parts, k, tuned))
     return {name: float(np.mean(values)) for name, values in table.items()}
 
 
@@ -214,13 +220,23 @@ def binary_task(labels: np.ndarray, parts: np.ndarray, part: str, label: str,
     return np.concatenate([positive[: len(negative)], negative])
 
 
-def probe_accuracy(train: tuple, test: tuple, k: int | None) -> float:
+def probe_accuracy(train: tuple, test: tuple, k: int | None, tuned: bool = False) -> float:
     """Test accuracy of a logistic regression on the k columns with the largest difference of class
-    means on the training part (all columns for None): Kantamneni et al. 2025, SAEBench."""
+    means on the training part (all columns for None): Kantamneni et al. 2025, SAEBench.
+
+    `tuned`: columns are standardised first, and of STRENGTHS the one is taken that is best where
+    it is trained on some of the training part and tested on the rest.
+    """
     (x, y), (x_test, y_test) = train, test
+    if tuned:
+        scaler = StandardScaler().fit(x)
+        x, x_test = scaler.transform(x), scaler.transform(x_test)
     if k is not None:
         gap = np.abs(x[y].mean(0) - x[~y].mean(0))
         best = np.argsort(-gap, kind="stable")[:k]
         x, x_test = x[:, best], x_test[:, best]
     probe = LogisticRegression(C=1.0, max_iter=1000)
+    if tuned:
+        folds = min(FOLDS, int(y.sum()), int((~y).sum()))
+        probe = GridSearchCV(probe, {"C": STRENGTHS}, cv=folds)
     return float((probe.fit(x, y).predict(x_test) == y_test).mean())

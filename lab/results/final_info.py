@@ -92,6 +92,12 @@ def flat_metrics(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, float | No
         f"coverage_{kind}": part for kind, part in covered.items()}
 
 
+def without_samples(unlearning: Mapping[str, Any]) -> Info:
+    """Areas, intervals, coverage, settings' means and all else but for the bulk that these are
+    of."""
+    return {key: value for key, value in unlearning.items() if key not in SAMPLES}
+
+
 def means_and_stderrs(rows: list[dict[str, float | None]]) -> tuple[dict, dict]:
     """Over seeds, by metric. One that is missing for a seed has neither."""
     means: dict[str, float | None] = {}
@@ -276,8 +282,7 @@ def collect(run: str, budget: str, config: Info, evaluated: Evaluated,
         "seeds": [{"seed": seed, **row} for seed, row in zip(results, rows)],
         **{part: {"per_seed": [parts[part] for parts in results.values()]}
            for part in ("reconstruction", "conditioning", "separation", "unlearning")},
-        "yardstick": {name: {key: value for key, value in part.items() if key not in SAMPLES}
-                      for name, part in evaluated.yardstick.items()},
+        "yardstick": {name: without_samples(part) for name, part in evaluated.yardstick.items()},
         "skipped": {**substrate.corpus["skipped"], **probing[0]["skipped"]},
         "environment": environment(substrate),
     }

@@ -41,7 +41,27 @@ def summary(info: Mapping[str, Any]) -> list[str]:
     if gap.get("low") is not None:
         lines[1] += (f"; area minus run_8 {gap['difference']:+.2f} "
                      f"({gap['low']:.2f} to {gap['high']:.2f})")
+    lines[1] += "".join(f"; {remark}" for remark in (coverage(info), yardstick(info)) if remark)
     return lines
+
+
+def coverage(info: Mapping[str, Any]) -> str:
+    """On how many tokens the clamps of the area act, for example "clamps on 31 % of forget and at
+    most 0.5 % of other tokens"; nothing where it is undefined."""
+    parts = {name.removeprefix("coverage_"): mean for name, mean in info["means"].items()
+             if name.startswith("coverage_")}
+    forget, others = parts.pop("forget", None), parts.values()
+    if forget is None or not others or None in others:
+        return ""
+    return (f"clamps on {100 * forget:.3g} % of forget and at most {100 * max(others):.3g} % of "
+            "other tokens")
+
+
+def yardstick(info: Mapping[str, Any]) -> str:
+    """The larger area of the directions that labels give without an SAE."""
+    areas = [part["unlearning_area"] for part in info.get("yardstick", {}).values()
+             if part.get("unlearning_area") is not None]
+    return f"by labels alone {max(areas):.2f}" if areas else ""
 
 
 def describe(config: Mapping[str, Any]) -> str:
