@@ -162,8 +162,8 @@ class CustomSAEConfig:
             self.require(name, getattr(self, name) >= 1, "use at least 1")
         for name in ("alpha", "eta", "warmup_steps", "first_seed"):
             self.require(name, getattr(self, name) >= 0, "use at least 0")
-        positive = "learning_rate", "target_l0", "sparsity_penalty", "sparsity_rate", "share_even"
-        for name in positive:
+        for name in ("learning_rate", "target_l0", "sparsity_penalty", "sparsity_rate",
+                     "share_even"):
             self.require(name, getattr(self, name) > 0, "use more than 0")
         for name in ("ramp_fraction", "decay_fraction", "resample_fraction"):
             self.require(name, 0 <= getattr(self, name) <= 1, "use a part, from 0 to 1")
@@ -171,7 +171,8 @@ class CustomSAEConfig:
         self.require("kappa_max", self.kappa_max > 1, "use more than 1")
         self.require("forget_share", 0 < self.forget_share < 1, "use a part between 0 and 1")
         self.require("log_every", self.log_every <= self.steps, f"use at most steps={self.steps}")
-        self.require("share_max", self.share_min <= self.share_max <= 1, "use share_min to 1")
+        self.require("share_max", self.share_min <= self.share_max <= 1,
+                     f"use at least share_min={self.share_min} and at most 1")
 
     def check_fits(self, d_in: int, tokens: int, n_processes: int) -> None:
         """Raise UserError where the row does not fit the model, its text or the processes."""

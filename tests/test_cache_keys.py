@@ -41,7 +41,7 @@ class ByName(Cache):
     def get(self, name, causes, build):
         shown = name.removeprefix("tiny/")
         shown = "activations" if shown.startswith("activations") else shown
-        self.keys[shown] = self.keys.get(shown, "") + str(self.path(name, *causes))
+        self.keys.setdefault(shown, set()).add(self.path(name, *causes))
         if "results/" in name:  # to see what else is asked for
             return build()
         if name not in self.things:
@@ -59,7 +59,7 @@ def keys(cache, config):
     substrate = tiny_substrate(cache.root, PROBES, QUESTIONS, probe_train=40, probe_test=20)
     substrate.cache, cache.keys = cache, {}
     buffer = ex.ActivationBuffer.read(substrate, shard_tokens=512)
-    cache.keys["training"] = ex.training_key(config, substrate, buffer)
+    cache.keys["training"] = {ex.training_key(config, substrate, buffer)}
     evaluate({0: random_sae()}, substrate, lambda domain: buffer.sample(domain, 200), Clock())
     return cache.keys
 
@@ -108,7 +108,7 @@ def changed_by(tree, cache, unedited, small_config):
 RESULTS = {f"results/{name}-0" for name in (
     "reconstruction", "conditioning", "sparse_probing", "separation", "unlearning")}
 PROBED = {"results/sparse_probing-0", "results/separation-0"}
-ON_HELD_OUT_TEXT = RESULTS - PROBED
+ON_HELD_OUT_TEXT = {*RESULTS - PROBED, "yardstick"}
 READ = {"activations", "contexts-ask", "contexts-learn", "sink-norm", "heldout", "questions",
         "probe-topics", "probe-llm-topics", "separation-probes-topics"}
 
@@ -124,7 +124,7 @@ READ = {"activations", "contexts-ask", "contexts-learn", "sink-norm", "heldout",
     ("experiment.py", "keep = substrate.is_plain(x_NTD).cpu()",
      "keep = substrate.is_plain(2 * x_NTD).cpu()", {"activations", "training"}),
     # of an evaluation
-    ("lab/evaluations/unlearning.py", "SET_SIZES = (10, 20)", "SET_SIZES = (10, 30)",
+    ("lab/evaluations/unlearning.py", "SET_SIZES = (10, 20, ", "SET_SIZES = (10, 30, ",
      {"results/unlearning-0"}),
     ("lab/evaluations/conditioning.py", "GROUP_SIZE = 64", "GROUP_SIZE = 32",
      {"results/conditioning-0"}),
@@ -136,19 +136,19 @@ READ = {"activations", "contexts-ask", "contexts-learn", "sink-norm", "heldout",
      {"probe-llm-topics", "results/sparse_probing-0"}),
     # of what they share
     ("lab/sparse.py", "limit_F -= 6 * sigma_F", "limit_F -= 7 * sigma_F",
-     {"training", *RESULTS}),
+     {"training", "yardstick", *RESULTS}),
     ("lab/grouping.py", "free = i < rounds - 2", "free = i < rounds - 3",
      {"training", "results/conditioning-0"}),
-    ("lab/language_model.py", "tracer.stop()", "pass", {"training", *READ, *RESULTS}),
+    ("lab/language_model.py", "tracer.stop()", "pass", {"training", "yardstick", *READ, *RESULTS}),
     ("lab/substrates/__init__.py", "SINK_FACTOR = 10.0", "SINK_FACTOR = 20.0",
-     {"training", *READ - {"questions"}, *RESULTS}),
+     {"training", "yardstick", *READ - {"questions"}, *RESULTS}),
     # of what carries numbers and makes none
     ("lab/console.py", "HEARTBEAT = 50.0", "HEARTBEAT = 40.0", set()),
     ("lab/storage.py", "os.fsync(handle)", "pass", set()),
     ("lab/distributed.py", "PATIENCE = 10.0", "PATIENCE = 20.0", set()),
     ("lab/results/notes.py", "begin, end = ", "end, begin = ", set()),
-    ("lab/results/statistics.py", "np.linspace(0, end, 301)", "np.linspace(0, end, 101)",
-     {"results/unlearning-0"}),
+    ("lab/results/frontier.py", "ANSWER_GRID = np.linspace(0, 1 - RETAINED, 61)",
+     "ANSWER_GRID = np.linspace(0, 1 - RETAINED, 31)", {"results/unlearning-0", "yardstick"}),
     ("plot.py", '"run_8": "vanilla (off)"', '"run_8": "vanilla"', set()),
     # of the table
     ("experiment.py", 'orthogonality="adaptive", alpha=0.10)', 'orthogonality="fixed", alpha=0.2)',
@@ -196,9 +196,9 @@ def test_results_carry_a_digest_of_all_of_the_laboratory_and_of_nothing_else(tre
     before = laboratory_digest()
     assert after("experiment.py", "USE_MEMORY = 0.98", "USE_MEMORY = 0.99") == before
     assert after("lab/sparse.py", '"""', '"""Other words. ') == before
-    digests = [before, after("lab/evaluations/unlearning.py", "SET_SIZES = (10, 20)",
-                             "SET_SIZES = (10, 30)"),
-               after("lab/results/statistics.py", "RETAINED = 0.95", "RETAINED = 0.96")]
+    digests = [before, after("lab/evaluations/unlearning.py", "SET_SIZES = (10, 20, ",
+                             "SET_SIZES = (10, 30, "),
+               after("lab/results/frontier.py", "RETAINED = 0.95", "RETAINED = 0.96")]
     assert len(set(digests)) == 3
 
 

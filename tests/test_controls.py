@@ -94,7 +94,7 @@ def test_the_use_term_alone_pulls_at_no_direction(bench):
 
 
 def test_labels_without_meaning_are_as_many_and_as_steady_as_the_true_ones():
-    domain_N = (torch.arange(40) % 5 < 2).to(torch.uint8).repeat_interleave(128)
+    domain_N = (torch.arange(40) % 5 >= 2).to(torch.uint8).repeat_interleave(128)
     shards = [{"acts": torch.arange(len(domain_N)).half()[:, None] % 128, "domain": domain_N}]
     true, moved = (kind(shards, len(domain_N))
                    for kind in (experiment.ActivationBuffer, controls.Mislabelled))
