@@ -36,6 +36,8 @@ labels = {
     "run_10": "best, fresh seeds",
 }
 OFF, FIXED = "run_8", "run_7"  # what the others are compared with
+DIRECTIONS = {"mean_difference": "difference of means",
+              "logistic_regression": "logistic regression"}
 SWEEPS = {"alpha": ("run_1", "run_2", "run_3"), "regroup_every": ("run_4", "run_2", "run_5")}
 
 os.environ["MPLBACKEND"] = "agg"  # figures are files; a notebook's backend may not be installed
@@ -48,6 +50,7 @@ try:
 
     from lab.results import statistics
     from lab.results.checksum import is_unaltered
+    from lab.results.reading import dicts, dig, number, numbers
     from lab.results.statistics import comparability, concave_envelope, differences, mean_stderr
 except Exception as error:
     place, cause = traceback.extract_tb(error.__traceback__)[-1].filename, error
@@ -65,6 +68,7 @@ LOOKS = {name: {"color": colour, "marker": marker, "linestyle": dash} for name, 
          in zip(labels, cycle(COLOURS), cycle("os^DvPXh<*"), cycle(["-"] * 5 + ["--"] * 4 + ["-"]))}
 INK = "#444444"  # remarks
 REFERENCE = {"color": INK, "linewidth": 1.3, "zorder": 1.6}
+DASHES = dict(zip(DIRECTIONS, ("-.", (0, (5, 3)))))  # of the yardstick
 STYLE = {
     "figure.constrained_layout.use": True, "savefig.dpi": 150, "pdf.fonttype": 42, "font.size": 9,
     "axes.titlelocation": "left", "axes.titlesize": 9, "legend.frameon": False, "axes.grid": True,
@@ -95,7 +99,7 @@ TABLE_HEAD = ["run", "area ± se ↑", "area - vanilla", "area - fixed",
               *(METRICS[key][0] for key in TABLE)]
 TABLE_NOTE = """\
 Differences of areas (nats) are paired over seeds, with the 95 % interval if a run has one, or
-± standard error. †: no seed in common. n/c: not comparable."""
+± standard error. †: no seed in common. n/c: not comparable. Labels alone: no SAE."""
 TERMS = {  # what a figure explains if a panel names it
     "[↑↓]": "Arrows show the better direction, dotted vertical lines (if any) the vanilla SAE.",
     "area|forget": "Unlearning area: forgetting, averaged over costs from 0 to 0.3 nats. "
@@ -111,28 +115,11 @@ TERMS = {  # what a figure explains if a panel names it
 
 
 # --- Reading: whatever lies in a folder becomes clean numbers, NaN, or a reason ------------------
-def number(value: object) -> float:
-    """A finite float of sane size; NaN for anything else that JSON can hold."""
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if plain and abs(value) <= 1e30 else math.nan
-
-
-def dig(block: object, *path: str) -> object:
-    """What lies at this path of nested dicts, None if nothing does."""
-    for key in path:
-        block = block.get(key) if isinstance(block, dict) else None
-    return block
-
-
-def dicts(block: object, *path: str) -> list[dict]:
-    """The dicts in the list that lies at this path, none if there is no such list."""
-    items = dig(block, *path)
-    return [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
-
-
-def numbers(rows: list[dict], *keys: str) -> np.ndarray:
-    """The numbers at these keys, [row, key]."""
-    return np.array([[number(row.get(key)) for key in keys] for row in rows]).reshape(-1, len(keys))
+def frontier(block: dict) -> np.ndarray | None:
+    """Forgetting at each of COSTS as it was judged, if it was."""
+    points = numbers(dicts(block, "frontier"), "cost", "forget_rise")
+    sound = len(points) and np.isfinite(points).all()
+    return np.interp(COSTS, *points.T) if sound else None
 
 
 @dataclass
@@ -172,11 +159,14 @@ class Run:
 
     def frontiers(self) -> list[np.ndarray]:
         """Forgetting at each of COSTS by seed: as it was judged, else the settings' envelope."""
-        curves = [numbers(dicts(seed, "frontier"), "cost", "forget_rise")
-                  for seed in dicts(self.info, "unlearning", "per_seed")]
-        if curves := [curve for curve in curves if len(curve) and np.isfinite(curve).all()]:
-            return [np.interp(COSTS, *curve.T) for curve in curves]
-        return [concave_envelope(*table.T, COSTS) for table in self.settings()]
+        curves = [frontier(seed) for seed in dicts(self.info, "unlearning", "per_seed")]
+        return [part for part in curves if part is not None] or [
+            concave_envelope(*table.T, COSTS) for table in self.settings()]
+
+    def directions(self) -> dict[str, dict]:
+        """The yardstick: results of the directions that labels give without an SAE."""
+        parts = {name: dig(self.info, "yardstick", name) for name in DIRECTIONS}
+        return {name: part for name, part in parts.items() if isinstance(part, dict)}
 
     def kappas(self) -> list[np.ndarray]:
         """Condition numbers of all groups by seed; null means singular, and counts as infinite."""
@@ -299,7 +289,9 @@ def table_rows(runs: list[Run]) -> list[list[str]]:
     bases = [next((run for run in runs if run.name == name), None) for name in (OFF, FIXED)]
     return [[run.label, " ± ".join(map(show, run.metric("unlearning_area"))),
              *(area_gain(run, base)[3] for base in bases),
-             *(show(run.metric(key)[0], METRICS[key][1]) for key in TABLE)] for run in runs]
+             *(show(run.metric(key)[0], METRICS[key][1]) for key in TABLE)] for run in runs] + [
+        [f"labels alone: {DIRECTIONS[name]}", show(number(part.get("unlearning_area")))]
+        for name, part in (runs[0].directions() if comparable(*runs) else {}).items()]
 
 
 def curve(run: Run, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -363,6 +355,10 @@ def metric_panel(ax: Axes, runs: list[Run], key: str) -> None:
     ax.set(yticks=range(len(runs)), yticklabels=[run.label for run in runs],
            ylim=(max(len(runs), 4) - 0.5, -0.5))
     ax.label_outer()
+    if comparable(*runs):
+        for name, part in runs[0].directions().items():
+            if math.isfinite(value := number(part.get(key))):
+                ax.axvline(value, linestyle=DASHES[name], **REFERENCE)
     if base and comparable(*runs):
         ax.axvline(0 if key == "area_gain" else base.metric(key)[0], linestyle=":", **REFERENCE)
 
@@ -380,6 +376,10 @@ def frontier_panel(ax: Axes, runs: list[Run], title: str, detailed: bool) -> Non
                 dots(tables, marker=".", color=LOOKS[run.name]["color"], alpha=0.3)
     if detailed and (control := [part for run in runs for part in run.settings("control")]):
         dots(control, marker="x", color=INK, label="random features of\nequal frequency")
+    for name, part in (runs[0].directions() if runs and comparable(*runs) else {}).items():
+        if (rises := frontier(part)) is not None:
+            ax.plot(COSTS, rises, linestyle=DASHES[name], **REFERENCE,
+                    label=f"labels alone:\n{DIRECTIONS[name]}")
     if finish(ax, title, "cost: CE rise on other text (nats)", "CE rise on forget text (nats)", 0):
         ax.set_xlim(0, COSTS[-1])
         ax.plot(COSTS, COSTS, color=INK, linestyle=":", label="y = x, no separation")
@@ -424,6 +424,8 @@ def explain(fig: Figure, runs: list[Run]) -> Figure:
     """Below a figure, what a reader must know of its terms and to compare the runs."""
     panels = " ".join(ax.get_title(loc="left") + ax.get_ylabel() for ax in fig.axes)
     terms = " ".join(text for term, text in TERMS.items() if re.search(term, panels))
+    if runs[0].directions() and re.search("nlearning|area", panels):
+        terms += " Labels alone: one direction that labels give without an SAE, clamped alike."
     (substrate, budget), counts = runs[0].study, [len(run.by_seed("seed")) for run in runs]
     seeds = "-".join(map(str, sorted({min(counts), max(counts)})))
     note = "SMOKE BUDGET: shows that the code runs, is no result. " * (budget == "smoke")

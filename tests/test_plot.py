@@ -328,7 +328,7 @@ def test_the_laboratory_is_found_where_python_does_not_look_beside_the_script(tm
     assert run_plot(tmp_path, PYTHONSAFEPATH="1").stdout.splitlines() == [ONLY_RUN_0_LINE]
 
 
-def test_plot_imports_of_the_laboratory_only_statistics_and_checksums_and_never_torch():
+def test_plot_imports_of_the_laboratory_only_what_reads_results_and_never_torch():
     code = "import sys, plot; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -336,7 +336,8 @@ def test_plot_imports_of_the_laboratory_only_statistics_and_checksums_and_never_
     assert not {"torch", "scipy", "experiment", "lab.storage"} & set(loaded)
     nodes = ast.walk(ast.parse((ROOT / "plot.py").read_text()))
     modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    names = {"lab.results", "lab.results.checksum", "lab.results.statistics"}
+    names = {"lab.results", *(f"lab.results.{room}" for room in (
+        "checksum", "reading", "statistics"))}
     assert {name for name in modules if name.split(".")[0] == "lab"} == names
 
 
@@ -704,6 +705,34 @@ def test_the_frontier_is_the_mean_of_the_seeds_concave_envelopes(tmp_path):
     (line, *_) = drawn(tmp_path, "overview").axes[0].lines
     assert line.get_ydata() == pytest.approx(np.mean(lines, 0))
     assert run.metric("unlearning_area")[0] == pytest.approx(np.mean(lines), rel=1e-2)
+
+
+def test_every_frontier_and_area_shows_what_labels_alone_give(tmp_path):
+    curve = [{"cost": float(cost), "forget_rise": 4 * float(cost)} for cost in plot.COSTS[::100]]
+    directions = {"mean_difference": {"unlearning_area": 0.6, "frontier": curve},
+                  "logistic_regression": {"unlearning_area": 0.5, "frontier": None}}
+    for name in ("run_7", "run_8"):
+        fabricate(tmp_path, name)
+        edit(tmp_path, name, lambda info: info.update(yardstick=directions))
+    runs = read(tmp_path)
+    for ax in [drawn(tmp_path, "overview").axes[0], *drawn(tmp_path, "unlearning_frontier").axes]:
+        (line,) = [line for line in ax.lines if str(line.get_label()).startswith("labels alone")]
+        assert line.get_ydata() == pytest.approx(4 * plot.COSTS)
+    summary = drawn(tmp_path, "unlearning_summary").axes[0]
+    assert {0.5, 0.6} <= {line.get_xdata()[0] for line in summary.lines}
+    assert [row[:2] for row in plot.table_rows(runs)[2:]] == [
+        ["labels alone: difference of means", "0.60"],
+        ["labels alone: logistic regression", "0.50"]]
+
+
+def test_no_yardstick_stands_for_runs_that_were_measured_otherwise(tmp_path):
+    for name, code in (("run_7", "a"), ("run_8", "b")):
+        fabricate(tmp_path, name)
+        changes = {"yardstick": {"mean_difference": {"unlearning_area": 0.6}},
+                   "environment": {"evaluation_code": code}}
+        edit(tmp_path, name, lambda info, changes=changes: info.update(changes))
+    assert [row[0] for row in plot.table_rows(read(tmp_path))] == ["7 · fixed orthogonal",
+                                                                   "8 · vanilla (off)"]
 
 
 def test_what_was_not_measured_is_said_in_its_panel(tmp_path):
