@@ -265,10 +265,8 @@ class ActivationBuffer:
 
     def batch(self, seed: int, step: int, size: int, forget_share: float,
               share: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Normalised activations z [B, D] float32 and their domains [B] of a step.
-
-        Of a batch of `size` tokens, of which `forget_share` are forget text, the `share` is given.
-        """
+        """Normalised activations z [B, D] float32 and their domains [B] of a step: the `share` of a
+        batch of `size` tokens, of which `forget_share` are forget text."""
         index = self.places(seed, step, size, forget_share)[share]
         return self.acts_ND[index].float() / self.scale, self.domain_N[index].long()
 

@@ -85,8 +85,8 @@ def test_the_laboratory_never_imports_the_experiment():
         module.split(".")[0] for module in imports(name)} & {"experiment", "plot", "tests"}]
 
 
-def test_figures_need_neither_torch_nor_the_experiment_and_of_the_laboratory_two_modules():
-    assert OWN["plot"] == {"lab.results.statistics", "lab.results.checksum"}
+def test_figures_need_neither_torch_nor_the_experiment_and_of_the_laboratory_three_modules():
+    assert OWN["plot"] == {"lab.results.statistics", "lab.results.checksum", "lab.results.reading"}
     assert {module for name in OWN["plot"] for module in imports(name)
             if module not in sys.stdlib_module_names} <= {"numpy", "collections.abc"}
     program = "import sys, plot; print({'torch', 'experiment', 'transformers'} & set(sys.modules))"

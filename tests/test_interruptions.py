@@ -45,7 +45,7 @@ def test_signals_end_every_phase_with_one_line_and_nothing_is_lost(whole, job, t
         ("lab.evaluations.evaluate_conditioning", "SIGINT"),
         ("lab.evaluations.probing.probe_table", "SIGTERM"),
         ("lab.evaluations.unlearning.answers", "SIGINT"),
-        ("lab.evaluations.unlearning.summarize_unlearning", "SIGTERM"),
+        ("lab.evaluations.unlearning.summarize", "SIGTERM"),
     )
     for of, event in phases:
         with pytest.MonkeyPatch.context() as patch:

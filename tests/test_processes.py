@@ -61,9 +61,10 @@ def test_of_two_processes_the_first_alone_speaks(two):
     lines = [line for line in done.stderr.splitlines() if line]
     for line in ("activations: begins", "training, seed 0: begins", "training, seed 1: begins"):
         assert lines.count(line) == 1, line
-    starts = ("run_1: ", "probing set ", "download: ", "activations: ", "training, ",
+    starts = ("run_1: ", "fetching texts and questions ", "data sets of probing texts: ",
+              "probing set ", "download: ", "activations: ", "training, ",
               "reconstruction, ", "conditioning, ", "sparse probing, ", "separation, ",
-              "unlearning, ")
+              "unlearning, ", "yardstick: ")
     assert [line for line in lines if not line.startswith(starts)] == []
 
 

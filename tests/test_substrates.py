@@ -380,5 +380,5 @@ def test_auto_takes_the_standin_where_the_hub_is_not_to_be_had_and_says_why(tmp_
 def test_a_smoke_run_uses_less_text_of_every_kind():
     full, smoke = (dataclasses.asdict(SIZES[budget]) for budget in ("full", "smoke"))
     same = {name for name in full if smoke[name] == full[name]}
-    assert same == {"context_length"}
+    assert same == {"context_length", "frontier_length"}
     assert all(smoke[name] <= full[name] for name in full)
