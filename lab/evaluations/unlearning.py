@@ -27,13 +27,13 @@ from lab.substrates.texts import FORGET, NAMED, RETAIN
 
 THRESHOLDS = (0.001, 0.01)  # largest firing frequency on retain text of what may be clamped
 SET_SIZES = (10, 20, 50, 100)  # features clamped
-OFFICIAL_MULTIPLIERS = (2.0, 8.0, 32.0)  # under which all sets of SAEBench's sizes are asked
+OFFICIAL_MULTIPLIERS = (8.0, 32.0)  # under which all sets of SAEBench's sizes are asked
 MULTIPLIERS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # clamp value, in mean activations
-START = 2.0  # the multiplier that is measured first
+START = 8.0  # the multiplier that is measured first
 NO_EFFECT = 0.02  # nats: where a static clamp costs less, no smaller multiplier is measured
 THIRDS = 3  # parts in which contexts that are to be kept are run
 QUANTILES = (0.5, 0.9, 0.99)  # of the share of tokens with a chosen feature, on learn retain text
-SPARE = 2.0  # times what the frontier affords: beyond it nothing more of a setting is measured
+SPARE = 1.5  # times what the frontier affords: beyond it nothing more of a setting is measured
 
 
 class FeatureStatistics(NamedTuple):

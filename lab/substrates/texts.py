@@ -23,7 +23,7 @@ class Sizes:
     frequency_tokens: int = 100_000  # learn tokens a domain for firing frequencies, at most
     heldout_contexts: int = 256  # ask-half contexts a domain: reconstruction, conditioning
     frontier_contexts: int = 36  # a domain, the ones whose cross-entropy is measured
-    frontier_length: int = 64  # tokens of each of them: more contexts tell more than long ones
+    frontier_length: int = 32  # tokens of each of them: more contexts tell more than long ones
     guard_contexts: int = 200  # learn retain contexts from which dynamic clamps have their limits
     question_candidates: int = 420  # a domain, before the filter
     questions: int = 200  # a domain, after it
