@@ -29,8 +29,8 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends it, without a trace
 
 try:
     # lab first: it keeps the text of what is loaded
-    from lab.console import Clock, Parser, Progress, UserError, progress, report, show
-    from lab.distributed import Interrupts, Processes, keep_freed_memory, report_error
+    from lab.console import ENVIRONMENT, Clock, Parser, Progress, UserError, report, show
+    from lab.distributed import Interrupts, Processes, exit_code, keep_freed_memory
     from lab.evaluations import evaluate
     from lab.grouping import (CoactivationSketch, GroupStatistics, group_features,
                               group_statistics, random_condition_number)
@@ -42,13 +42,13 @@ try:
     from lab.results.tracking import Tracker
     from lab.sparse import (Code, ExportedSAE, HeldGradient, SparseAutoencode,
                             faster_screen)
+    from lab.shards import Shards, Stream, gathered, open_streams
     from lab.storage import (Cache, code_digest, digest, non_finite, randomness, read_tensors,
                              write_tensors)
     from lab.substrates import Substrate, choose_source, quiet_libraries
     from lab.substrates.texts import FORGET, RETAIN, SIZES
 
     import torch
-    from safetensors import SafetensorError
     from torch import Tensor, nn
 except ModuleNotFoundError as missing:
     sys.exit(f"error: package {missing.name} is missing; pip install -r requirements.txt gives it")
@@ -79,6 +79,8 @@ BUDGETS: dict[str, dict[str, Any]] = {  # overrule the row, so runs 2, 4, 5 are 
     "full": {},
     "smoke": dict(expansion=2, steps=120, warmup_steps=20, n_seeds=2, regroup_every=40,
                   resample_every=30, checkpoint_every=40, log_every=10),
+    "paper": dict(expansion=64, steps=25_000, batch_size=4096, warmup_steps=1000, n_seeds=3,
+                  resample_every=250, checkpoint_every=1000, log_every=100, buffer_gigabytes=8.0),
 }
 MODES = ("off", "fixed", "adaptive", "max_cosine", "gram_encoder")
 
@@ -123,6 +125,8 @@ class CustomSAEConfig:
     steps: int = 600
     batch_size: int = 2048
     """Tokens, over all processes."""
+    buffer_gigabytes: float = 2.0
+    """Memory for activations, over all processes; what it does not hold is streamed."""
     forget_share: float = 0.4
     """Part of every batch that is forget text, however much of it there is."""
     learning_rate: float = 1e-3
@@ -163,7 +167,7 @@ class CustomSAEConfig:
         for name in ("alpha", "eta", "warmup_steps", "first_seed"):
             self.require(name, getattr(self, name) >= 0, "use at least 0")
         for name in ("learning_rate", "target_l0", "sparsity_penalty", "sparsity_rate",
-                     "share_even"):
+                     "share_even", "buffer_gigabytes"):
             self.require(name, getattr(self, name) > 0, "use more than 0")
         for name in ("ramp_fraction", "decay_fraction", "resample_fraction"):
             self.require(name, 0 <= getattr(self, name) <= 1, "use a part, from 0 to 1")
@@ -215,50 +219,25 @@ class ActivationBuffer:
     alone, so that resuming needs no other state.
     """
 
+    layout: tuple = ()  # what batches depend on beside the activations
+
     def __init__(self, shards: Iterable[dict[str, Tensor]], room: int):
-        """Of at most `room` tokens. Shards may be made as they are asked for: one is copied and
-        let go before the one after the next is made."""
-        square, n, domains = 0.0, 0, []
-        for shard in shards:
-            acts_ND = shard["acts"]
-            if not domains:
-                self.acts_ND = torch.empty(room, acts_ND.shape[1], dtype=acts_ND.dtype)
-            self.acts_ND[n : n + len(acts_ND)] = acts_ND
-            norm_N = torch.linalg.vector_norm(acts_ND, dim=1, dtype=torch.float32)
-            square += float(norm_N.double().square().sum())
-            n += len(acts_ND)
-            domains.append(shard["domain"])
-        self.acts_ND, self.domain_N = self.acts_ND[:n], torch.cat(domains)
+        """Of at most `room` tokens."""
+        self.acts_ND, self.domain_N, square = gathered(shards, room)
+        self.d_in = self.acts_ND.shape[1]
         self.scale = math.sqrt(square / len(self))  # c
         self.of = [(self.domain_N == k).nonzero().squeeze(1) for k in (FORGET, RETAIN)]
         self.order = functools.lru_cache(maxsize=4)(self.shuffled)
 
     @classmethod
-    def read(cls, substrate: Substrate, shard_tokens: int = 32_768) -> "ActivationBuffer":
-        """From the cache, missing shards computed through the language model's hook.
-
-        Each shard is a random sample of all contexts; a killed run loses at most one shard of work.
-        Each of several processes first does a share of its own, and finds the others' in the cache.
-        """
-        tokens_NT, domain_N = substrate.learn
-        per_shard = max(1, shard_tokens // tokens_NT.shape[1])
-        causes = (substrate.learn.checksum(), substrate.sink_norm, per_shard,
-                  code_digest(residual_shard, Substrate))
-
-        def shard(start: int) -> dict[str, Tensor]:
-            part = slice(start, start + per_shard)
-            return substrate.cached(
-                f"activations/{start // per_shard:04d}",
-                lambda: (residual_shard(substrate, tokens_NT[part], domain_N[part]), None),
-                *causes, start)[0]
-
-        starts, processes = range(0, len(tokens_NT), per_shard), substrate.processes
-        if processes.size > 1:
-            for start in progress(starts[processes.rank :: processes.size], "activation shards"):
-                shard(start)
-            processes.wait()
-        parts = (shard(start) for start in progress(starts, "activation shards"))
-        return cls(parts, tokens_NT.numel())
+    def read(cls, substrate: Substrate, shard_tokens: int = 32_768,
+             gigabytes: float = CustomSAEConfig.buffer_gigabytes) -> "ActivationBuffer":
+        """From the cache, missing shards computed through the language model's hook; a killed run
+        loses at most one shard of work. Streamed where they take more memory than `gigabytes`."""
+        shards = Shards(substrate, shard_tokens)
+        if shards.fit_in(gigabytes):
+            return cls(shards.all(), shards.tokens_NT.numel())
+        return StreamedBuffer(open_streams(substrate, shard_tokens, gigabytes))
 
     def __len__(self) -> int:
         return len(self.domain_N)
@@ -296,16 +275,36 @@ class ActivationBuffer:
         chosen = torch.randperm(len(index), generator=randomness("sample", domain))[:size]
         return self.acts_ND[index[chosen]].float()
 
+    def let_go(self) -> None:
+        """Free what only training needs; nothing, where everything is in memory."""
 
-def residual_shard(substrate: Substrate, tokens_NT: Tensor, domain_N: Tensor,
-                   rows: int = 16) -> dict[str, Tensor]:
-    """Residuals of contexts as one list of tokens, attention sinks left out, with domains."""
-    x_NTD = torch.cat([substrate.lm.residual(part) for part in tokens_NT.split(rows)])
-    if not bool(torch.isfinite(x_NTD).all()):
-        raise UserError("the language model gives residuals that are not finite")
-    keep = substrate.is_plain(x_NTD).cpu()
-    domain_NT = domain_N[:, None].expand_as(keep)
-    return {"acts": substrate.compact(x_NTD[keep]).cpu(), "domain": domain_NT[keep]}
+
+class StreamedBuffer(ActivationBuffer):
+    """The same where memory does not hold all: the tokens of each domain come in the order of its
+    own stream, which mixes some shards at a time. Batches are others than in memory."""
+
+    def __init__(self, streams: list[Stream]):
+        self.streams = streams
+        self.scale = math.sqrt(sum(one.square for one in streams) / len(self))
+        self.d_in, self.layout = streams[0].d_in, tuple(one.layout for one in streams)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.streams))
+
+    def batch(self, seed: int, step: int, size: int, forget_share: float,
+              share: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        n_forget = round(forget_share * size)
+        parts = zip(self.streams, (n_forget, size - n_forget))
+        acts_BD = torch.cat([one.take(seed, step * n, n) for one, n in parts])
+        index = torch.randperm(size, generator=randomness("mix", seed, step))[share]
+        return acts_BD[index].float() / self.scale, (index >= n_forget).long()
+
+    def sample(self, domain: int, size: int) -> Tensor:
+        return self.streams[domain].sample(size)
+
+    def let_go(self) -> None:
+        for one in self.streams:
+            one.let_go()
 
 
 # --- Sparse autoencoder -------------------------------------------------------------------------
@@ -843,7 +842,7 @@ class CustomTrainer:
 def new_trainer(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int,
                 processes: Processes) -> CustomTrainer:
     """An SAE before its first step, the same in all processes."""
-    d_in, device = buffer.acts_ND.shape[1], processes.device
+    d_in, device = buffer.d_in, processes.device
     sae = CustomSAE(d_in, config.expansion * d_in, randomness("weights", seed))
     z_BD, _ = buffer.batch(seed, 0, config.batch_size, config.forget_share)
     sae.initialize_biases_(z_BD, 2 * config.target_l0)
@@ -859,9 +858,11 @@ def new_trainer(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int,
 def training_key(config: CustomSAEConfig, substrate: Substrate, buffer: ActivationBuffer) -> str:
     """What a trained SAE depends on beside its seed: settings, activations, code."""
     settings = {name: value for name, value in dataclasses.asdict(config).items()
-                if name not in ("purpose", "first_seed", "n_seeds", "checkpoint_every")}
+                if name not in ("purpose", "first_seed", "n_seeds", "checkpoint_every",
+                                "buffer_gigabytes")}
     code = code_digest(train_sae, ActivationBuffer, Substrate, values=(CustomSAEConfig,))
-    return digest(settings, substrate.causes, substrate.learn.checksum(), buffer.scale, code)
+    return digest(settings, substrate.causes, substrate.learn.checksum(), buffer.scale,
+                  buffer.layout, code)
 
 
 def train_sae(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int, checkpoint: Path,
@@ -875,7 +876,7 @@ def train_sae(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int, chec
         raise UserError(f"processes see different checkpoints in {checkpoint.parent}; all of them "
                         "must see the same SAE_CACHE_DIR")
     share, device = processes.share(config.batch_size), processes.device
-    bar = Progress(f"training, seed {seed}", config.steps, trainer.step_count)
+    bar = Progress(f"training, seed {seed}", config.steps, trainer.step_count, foretold=True)
     with interrupts.deferred(), bar:
         while (step := trainer.step_count) < config.steps:
             z_BD, domain_B = buffer.batch(seed, step, config.batch_size, config.forget_share, share)
@@ -895,6 +896,7 @@ def train_sae(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int, chec
             if interrupted:
                 interrupts.signal = interrupts.signal or signal.SIGTERM
                 raise Interrupts.Stop
+    buffer.let_go()
     return trainer
 
 
@@ -919,7 +921,7 @@ def run_experiment(out_dir: Path, interrupts: Interrupts, processes: Processes) 
             source.fetch()
         substrate = Substrate(source, SIZES[budget], cache, processes)
         with clock.phase("activations"):
-            buffer = ActivationBuffer.read(substrate)
+            buffer = ActivationBuffer.read(substrate, gigabytes=config.buffer_gigabytes)
         config.check_fits(source.d_in, len(buffer), processes.size)
         facts = {"run": folder.run, "seeds": config.seeds, "substrate": source.name,
                  "budget": budget, "model_name": source.model_name, "hook_name": hook_name(source),
@@ -962,40 +964,24 @@ def train_all(config: CustomSAEConfig, substrate: Substrate, buffer: ActivationB
 HELP = f"""the last part of --out_dir selects a row:
 {ROWS}
 
-environment variables:
-  SAE_SUBSTRATE  auto (default) | pythia | standin: language model and text
-  SAE_BUDGET     full (default) | smoke: the same code in about a minute
-  SAE_CACHE_DIR  where downloads, activations and checkpoints are kept (default .cache)
-  WANDB_MODE     online | offline | disabled (default: online if signed in, else offline)"""
+{ENVIRONMENT}"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # κ on an ASCII terminal
     parser = Parser("Train and evaluate sparse autoencoders with adaptive orthogonality.", HELP)
     parser.add_argument("--out_dir", type=Path, required=True, help="run folder, run_1 … run_10")
     out_dir = parser.parse_args(arguments).out_dir
     quiet_libraries()
     keep_freed_memory()
-    interrupts = Interrupts()
-    try:
-        interrupts.install()
+
+    def run(interrupts: Interrupts) -> None:
         info = run_experiment(out_dir, interrupts, Processes())
         if info:
             show([f"{info['run']} on {info['substrate']} ({info['budget']}), mean ± standard error "
                   f"of {len(info['seeds'])} seeds", *summary(info), f"written to {out_dir}"])
-        return 0
-    except Interrupts.Stop:
-        interrupts.waits = True  # a second signal must not cut the farewell short
-        report(f"stopped; `python experiment.py --out_dir={out_dir}` continues where this left off")
-        return 128 + interrupts.signal
-    except (UserError, SafetensorError) as error:  # transformers writes the unpacked model itself
-        report_error(str(error))
-    except OSError as error:
-        report_error(f"{error.strerror or error}: {error.filename or ''}")
-    return 1
+
+    return exit_code(run, f"`python experiment.py --out_dir={out_dir}`")
 
 
 if __name__ == "__main__":
