@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends it, without a trace
 try:
     # lab first: it keeps the text of what is loaded
     from lab.console import ENVIRONMENT, Clock, Parser, Progress, UserError, report, show
+    from lab.device import Readings, to_device
     from lab.distributed import Interrupts, Processes, exit_code, keep_freed_memory
     from lab.evaluations import evaluate
     from lab.grouping import (CoactivationSketch, GroupStatistics, group_features,
@@ -40,8 +41,8 @@ try:
     from lab.results.folder import RunFolder
     from lab.results.notes import summary
     from lab.results.tracking import Tracker
-    from lab.sparse import (Code, ExportedSAE, HeldGradient, SparseAutoencode,
-                            faster_screen)
+    from lab.sparse import (Code, DenseAutoencode, DenseCode, ExportedSAE, HeldGradient,
+                            SparseAutoencode, faster_screen)
     from lab.shards import Shards, Stream, gathered, open_streams
     from lab.storage import (Cache, code_digest, digest, non_finite, randomness, read_tensors,
                              write_tensors)
@@ -324,7 +325,7 @@ class CustomSAE(nn.Module):
         rows_FD = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         self.d_in, self.d_sae = d_in, d_sae
         self.screen = screen or faster_screen()  # how `sparse_code` looks for active features
-        self.half = False  # whether `dense_code` multiplies in bfloat16
+        self.half = False  # whether `dense_code` multiplies in bfloat16, on a GPU
         self.W_enc_FD = nn.Parameter(rows_FD.clone())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(rows_FD)
@@ -353,17 +354,17 @@ class CustomSAE(nn.Module):
         return self.decode(self.encode(z_BD))
 
     def sparse_code(self, z_BD: Tensor) -> Code:
-        weights = self.W_enc_FD, self.b_enc, self.W_dec, self.b_dec
-        return Code(*SparseAutoencode.apply(z_BD, *weights, self.screen))
+        return Code(*SparseAutoencode.apply(z_BD, *self.parameters(), self.screen))
 
-    def dense_code(self, z_BD: Tensor) -> Code:
-        """The same by plain dense products: faster where many features fire, and on a GPU, there
-        in bfloat16 where it has it (weights and sums stay float32)."""
-        with torch.autocast(z_BD.device.type, torch.bfloat16, enabled=self.half):
-            f_BF = self.encode(z_BD)
-            z_hat_BD = self.decode(f_BF)
+    def dense_code(self, z_BD: Tensor) -> Code | DenseCode:
+        """The same by dense products: faster where many features fire, and on a GPU, there in
+        bfloat16 where it has it (weights stay float32) and without a list of what is active."""
+        if z_BD.is_cuda:
+            dtype = torch.bfloat16 if self.half else torch.float32
+            return DenseCode(*DenseAutoencode.apply(z_BD, *self.parameters(), dtype))
+        f_BF = self.encode(z_BD)
         row_N, column_N = f_BF.nonzero(as_tuple=True)
-        return Code(z_hat_BD.float(), f_BF[row_N, column_N].float(), row_N, column_N)
+        return Code(self.decode(f_BF), f_BF[row_N, column_N], row_N, column_N)
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
@@ -481,13 +482,13 @@ def max_cosine_loss(W_FD: Tensor, generator: torch.Generator, chunk: int = 8192)
 
     The nearest neighbour is found without a gradient; the loss is then one product a feature.
     """
-    order = torch.randperm(len(W_FD), generator=generator).to(W_FD.device)
+    order = to_device(torch.randperm(len(W_FD), generator=generator), W_FD.device)
     nearest = torch.empty_like(order)
     with torch.no_grad():
         for part in order.chunk(math.ceil(len(order) / chunk)):
             for rows in part.split(1024):
                 cosine = W_FD[rows] @ W_FD[part].T
-                cosine[rows[:, None] == part] = -math.inf
+                cosine.masked_fill_(rows[:, None] == part, -math.inf)
                 nearest[rows] = part[cosine.argmax(dim=1)]
     chosen_FD = W_FD.index_select(0, nearest)  # W_FD[nearest]'s gradient would add in any order
     return torch.linalg.vecdot(W_FD, chosen_FD).square().mean()
@@ -513,14 +514,6 @@ def use_loss(mean_KF: Tensor, running_KF: Tensor, share_F: Tensor | None = None)
     return value + linear - linear.detach()
 
 
-def domain_means(code: Code, domain_B: Tensor, count_K: Tensor, d_sae: int) -> Tensor:
-    """Mean activation of every feature on the tokens of each domain, [K, F]; of `count_K` tokens,
-    which may be more than are in `code`: the sum over the parts of a batch is the batch's mean."""
-    index = domain_B[code.row_N] * d_sae + code.column_N
-    total = torch.zeros(len(count_K) * d_sae, device=index.device).index_add(0, index, code.value_N)
-    return total.view(len(count_K), d_sae) / count_K.clamp(min=1)[:, None]
-
-
 # --- Trainer ------------------------------------------------------------------------------------
 
 
@@ -528,6 +521,8 @@ class Seen(NamedTuple):
     """What a batch showed of the features."""
 
     fired_F: Tensor  # bool, over the whole batch
+    l0: Tensor  # active features a token, over the whole batch
+    l1: Tensor  # E‖f‖₁, this process's part of it
     use_KF: Tensor  # mean activation by domain, this process's part of it
 
 
@@ -567,15 +562,15 @@ class CustomTrainer:
             # until features are grouped nobody knows what must not be shared
             **{name: torch.full((sae.d_sae // config.group_size,), config.share_max)
                for name in Sharing._fields},
+            "log_sparsity": torch.tensor(math.log(config.sparsity_penalty), dtype=torch.float64),
+            "l0": torch.tensor(2.0 * config.target_l0, dtype=torch.float64),  # running
             "l_dir": torch.zeros(()),
             "pull_FD": torch.zeros(0),  # gradient of L_dir when it was last computed
         }
         self.device = sae.W_dec.device
         self.state = {name: part.to(self.device) for name, part in state.items()}
         self.sketch = CoactivationSketch(sae.d_sae, config.sketch_size, self.device)
-        self.step_count = 0
-        self.log_sparsity = math.log(config.sparsity_penalty)
-        self.l0 = 2.0 * config.target_l0  # running
+        self.step_count, self.numbers = 0, Readings({})  # which the last step gave
         self.history: list[dict[str, Any]] = []
         self.kappa_random = random_condition_number(config.group_size, sae.d_in)
         self.direction_dtype = faster_dtype(self.device)
@@ -586,42 +581,47 @@ class CustomTrainer:
         return {**dataclasses.asdict(self.row), "alpha": self.alpha, "d_in": self.sae.d_in,
                 "d_sae": self.sae.d_sae, "seed": self.seed}
 
-    def step(self, z_BD: Tensor, domain_B: Tensor) -> dict[str, float]:
+    def step(self, z_BD: Tensor, domain_B: Tensor) -> Readings:
         """One step on normalised activations [B, D] and their domain labels, both this process's
         share of the batch; returns the objective and its terms over the whole batch."""
-        alpha, ramp, sparsity = self.alpha, self.ramp(), math.exp(self.log_sparsity)
+        alpha, ramp, sparsity = self.alpha, self.ramp(), self.state["log_sparsity"].exp()
         code = self.sae.sparse_code(z_BD) if self.is_sparse() else self.sae.dense_code(z_BD)
         seen = self.seen(code, domain_B)
         terms = self.terms(z_BD, code, seen)
-        loss = (terms.fit + sparsity * terms.l1
+        loss = (terms.fit + sparsity.float() * terms.l1
                 + alpha * ramp * (terms.l_dir + self.row.eta * terms.l_use))
         self.backward_(loss)
         self.optimizer_step_()
-        numbers = self.whole_batch(loss, terms, code)
-        numbers |= {"lambda": sparsity, "alpha": alpha, "ramp": ramp}
-        self.check_finite(numbers)
-        self.update_sparsity_(numbers["l0"])
+        self.numbers = Readings({
+            **self.whole_batch(loss, terms), "l0": seen.l0, "lambda": sparsity, "alpha": alpha,
+            "ramp": ramp, "lr": self.learning_rate()})
+        if self.device.type == "cpu":  # a GPU's are looked at where the program waits anyway
+            self.check_finite(self.numbers)
+        self.update_sparsity_(seen.l0)
         self.update_use_(seen)
         self.update_activity_(z_BD, code, seen)
         self.step_count += 1
         self.regroup_if_due_()
-        return numbers
+        return self.numbers
 
     def is_sparse(self) -> bool:
-        return self.device.type == "cpu" and self.l0 < 0.1 * self.sae.d_sae
+        return self.device.type == "cpu" and bool(self.state["l0"] < 0.1 * self.sae.d_sae)
 
     def ramp(self) -> float:
         """0 to 1 over the first `ramp_fraction` of training: features form before they part."""
         return min(1.0, self.step_count / max(1, self.row.ramp_fraction * self.row.steps))
 
-    def seen(self, code: Code, domain_B: Tensor) -> Seen:
-        count_K = self.processes.sum_(torch.bincount(domain_B, minlength=self.n_domains))
-        count_F = self.processes.sum_(torch.bincount(code.column_N, minlength=self.sae.d_sae))
-        return Seen(count_F > 0, domain_means(code, domain_B, count_K, self.sae.d_sae))
+    def seen(self, code: Code | DenseCode, domain_B: Tensor) -> Seen:
+        n, K, F = len(domain_B) * self.processes.size, self.n_domains, self.sae.d_sae
+        is_KB = domain_B == torch.arange(K, device=self.device)[:, None]
+        count_K1 = self.processes.sum_(is_KB.sum(1, keepdim=True))
+        count_F = self.processes.sum_(code.counts(F))
+        total_KF, total = code.totals(domain_B, K, F)
+        return Seen(count_F > 0, count_F.sum() / n, total / n, total_KF / count_K1.clamp(min=1))
 
-    def terms(self, z_BD: Tensor, code: Code, seen: Seen) -> Terms:
+    def terms(self, z_BD: Tensor, code: Code | DenseCode, seen: Seen) -> Terms:
         n = len(z_BD) * self.processes.size
-        return Terms((z_BD - code.z_hat_BD).norm(dim=1).sum() / n, code.value_N.sum() / n,
+        return Terms((z_BD - code.z_hat_BD).norm(dim=1).sum() / n, seen.l1,
                      self.direction_term(seen.fired_F) / self.processes.size,
                      self.use_term(seen.use_KF))
 
@@ -682,33 +682,30 @@ class CustomTrainer:
         decay = min(1.0, (row.steps - t) / max(1.0, row.decay_fraction * row.steps))
         return row.learning_rate * warm * decay
 
-    def whole_batch(self, loss: Tensor, terms: Terms, code: Code) -> dict[str, float]:
-        """The objective, its terms and L0 as numbers, summed over processes."""
-        n = len(code.z_hat_BD) * self.processes.size
-        l0 = torch.full_like(loss, len(code.row_N) / n)
-        parts = torch.stack([part.detach() for part in (loss, *terms, l0)])
-        names, sums = ("loss", *Terms._fields, "l0"), self.processes.sum_(parts).tolist()
-        return dict(zip(names, sums, strict=True)) | {"lr": self.learning_rate()}
+    def whole_batch(self, loss: Tensor, terms: Terms) -> dict[str, Tensor]:
+        """The objective and its terms, summed over processes."""
+        parts = torch.stack([part.detach() for part in (loss, *terms)])
+        return dict(zip(("loss", *Terms._fields), self.processes.sum_(parts), strict=True))
 
-    def check_finite(self, terms: dict[str, float], odd: Iterable[str] = ()) -> None:
+    def check_finite(self, terms: Mapping[str, float], odd: Iterable[str] = ()) -> None:
         if (names := ", ".join(odd)) or not all(math.isfinite(value) for value in terms.values()):
             shown = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
             place = f"step {self.step_count}, seed {self.seed}"
             raise UserError(f"non-finite {names or 'loss'} at {place}: {shown}; "
                             "a smaller learning_rate or alpha may help")
 
-    def update_sparsity_(self, l0: float) -> None:
+    def update_sparsity_(self, l0: Tensor) -> None:
         """Move log λ so that the running L0 meets its target.
 
         Proportional to the relative excess and to its trend, so that it settles and does not
         swing; bounded, so that a burst of new features does not starve the old ones.
         """
-        before, self.l0 = self.l0, 0.9 * self.l0 + 0.1 * l0
-        excess = math.log(max(self.l0, 1e-3) / self.row.target_l0)
-        trend = math.log(max(self.l0, 1e-3) / max(before, 1e-3))
-        move = 0.02 * excess + 0.5 * trend
+        before, self.state["l0"] = self.state["l0"], 0.9 * self.state["l0"] + 0.1 * l0.double()
+        now = self.state["l0"].clamp(min=1e-3)
+        excess = (now / self.row.target_l0).log()
+        trend = (now / before.clamp(min=1e-3)).log()
         limit = self.row.sparsity_rate
-        self.log_sparsity += max(-limit, min(limit, move))
+        self.state["log_sparsity"] += (0.02 * excess + 0.5 * trend).clamp(-limit, limit)
 
     def update_use_(self, seen: Seen) -> None:
         """Running mean activations by domain."""
@@ -717,7 +714,7 @@ class CustomTrainer:
         self.state["use_weight"].mul_(self.USE_MEMORY).add_(1 - self.USE_MEMORY)
 
     @torch.no_grad()
-    def update_activity_(self, z_BD: Tensor, code: Code, seen: Seen) -> None:
+    def update_activity_(self, z_BD: Tensor, code: Code | DenseCode, seen: Seen) -> None:
         """Count silence, feed the co-activation sketch, and wake dead features when it is time."""
         row, t = self.row, self.step_count
         self.state["silent_F"].add_(1).masked_fill_(seen.fired_F, 0)
@@ -726,12 +723,13 @@ class CustomTrainer:
         if t % row.resample_every == 0 and 0 < t <= row.resample_fraction * row.steps:
             self.resample_(z_BD, code)
 
-    def resample_(self, z_BD: Tensor, code: Code) -> None:
+    def resample_(self, z_BD: Tensor, code: Code | DenseCode) -> None:
         """Point silent features at what tokens of large error still lack.
 
         Tokens are drawn with probability proportional to their squared error; the bias lets the
         new feature fire where a token has at least half of the drawn token's share of it.
         """
+        self.check_finite(self.numbers)
         dead = (self.state["silent_F"] >= self.row.resample_every).nonzero().squeeze(1)
         if not len(dead):
             return
@@ -774,6 +772,7 @@ class CustomTrainer:
 
         All modes do so, for the history's sake; only `adaptive` makes a difference of it.
         """
+        self.check_finite(self.numbers)
         row, use_KF, W_FD = self.row, self.running_use().cpu(), self.sae.W_dec.cpu()
         self.gather_sketch_()
         rows_FR = self.sketch.unit_rows().cpu()
@@ -799,8 +798,9 @@ class CustomTrainer:
             if self.processes.rank:
                 part.zero_()
 
-    def note(self, values: dict[str, float]) -> None:
+    def note(self, values: Mapping[str, float]) -> None:
         """A line of the training curves."""
+        self.check_finite(values)
         place = {"seed": self.seed, "step": self.step_count,
                  "tokens": self.step_count * self.row.batch_size}
         self.history.append({**place, **values})
@@ -816,8 +816,7 @@ class CustomTrainer:
                     self.optimizer.state_dict()["state"].items() for name, part in moments.items()}
         tensors |= {f"state.{name}": part for name, part in self.state.items()}
         tensors |= {f"sketch.{name}": part for name, part in vars(self.sketch).items()}
-        note = {"step_count": self.step_count, "log_sparsity": self.log_sparsity, "l0": self.l0,
-                "alpha": self.alpha, "history": self.history}
+        note = {"step_count": self.step_count, "alpha": self.alpha, "history": self.history}
         return tensors, note
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from pretended_gpu import GPU, OnGPU, PretendedGPU
 
 from experiment import MODES, CustomSAE, CustomTrainer
 from lab.console import UserError
+from lab.device import Readings, copy_stream, to_device
 from lab.distributed import Processes
 from lab.results.final_info import read_result
 from lab.storage import randomness
@@ -40,6 +41,96 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses(gpu):
         (weight * there).sum().backward()
         assert isinstance(weight.grad, OnGPU)
         assert weight.grad.tolist() == there.tolist()
+
+
+def test_the_pretended_gpu_knows_what_a_program_waits_for(gpu):
+    with gpu:
+        there = torch.arange(6.0).to(GPU)
+        for wait in (there.cpu, there.tolist, there.nonzero, there[0].item,
+                     lambda: bool(there[0] > 0), lambda: there[there > 2],
+                     lambda: torch.bincount(there.long()), lambda: torch.equal(there, there),
+                     lambda: torch.ones(6).to(GPU),
+                     lambda: torch.ones(6).pin_memory().to(GPU), lambda: there[torch.tensor([1])],
+                     lambda: torch.ones(6).to(GPU, non_blocking=True),
+                     lambda: torch.tensor(1.0, device=GPU), lambda: float(there[0])):
+            gpu.waited.clear()
+            wait()
+            assert len(gpu.waited) == 1, gpu.waited
+        gpu.waited.clear()
+        index = torch.arange(3, device=GPU)
+        there[index] = there.index_select(0, index) * 2 + torch.tensor(1.0)
+        there.masked_fill_(there > 1, 0.0).clamp_(min=torch.zeros((), device=GPU))
+        torch.ones(6).pin_memory().to(GPU, non_blocking=True)
+        there.to(torch.bfloat16).copy_(there)
+        assert gpu.waited == []
+
+
+def test_what_is_sent_is_copied_beside_the_work_and_waited_for_by_it_alone(gpu):
+    with gpu:
+        there = to_device(torch.arange(3), GPU)
+        assert gpu.waited == []
+        assert gpu.stream.waits_for == [copy_stream(GPU)]
+        assert copy_stream(GPU) is not gpu.stream
+        assert isinstance(there, OnGPU)
+        assert there.tolist() == [0, 1, 2]
+    here = torch.arange(3)
+    assert to_device(here, here.device) is here
+
+
+def test_readings_wait_once_for_all_and_only_when_one_is_looked_at(gpu):
+    with gpu:
+        half = torch.tensor(0.5).to(GPU)
+        readings = Readings({"late": half * 3, "early": 2.0, "double": half.double() / 3})
+        gpu.waited.clear()
+        assert list(readings) == ["late", "early", "double"]
+        assert gpu.waited == []
+        assert readings["early"] + readings["late"] == 3.5
+        assert dict(readings) == {"late": 1.5, "early": 2.0, "double": 0.5 / 3}
+        assert gpu.waited == ["aten::_to_copy"]
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_ordinary_step_waits_for_nothing(gpu, small_config, mode, bfloat16):
+    """Steps that compute L_dir's gradient are ordinary ones. At others features are woken or
+    grouped, or their numbers are looked at for a line of the curves."""
+    config = dataclasses.replace(small_config, orthogonality=mode)
+    z, domain = planted_activations(256)
+    sae = CustomSAE(32, config.expansion * 32, randomness("weights", 0))
+    with gpu:
+        sae.half = bfloat16
+        trainer = CustomTrainer(config, sae.to(GPU), 0)
+        waits = []
+        for step in range(config.steps):
+            batch = to_device(z, GPU), to_device(domain, GPU)
+            gpu.waited.clear()
+            numbers = trainer.step(*batch)
+            waits.append(len(gpu.waited))
+            if step % 10 == 9:
+                gpu.waited.clear()
+                trainer.note(numbers)
+                assert len(gpu.waited) <= 1
+    first = round(config.ramp_fraction * config.steps)
+    wakes = {step for step in range(1, config.steps) if step % config.resample_every == 0}
+    groups = {step - 1 for step in range(first, config.steps + 1)
+              if step == first or step % config.regroup_every == 0}
+    assert {step for step, count in enumerate(waits) if count} == (rare := wakes | groups)
+    assert len(rare) < config.steps / 5
+
+
+def test_a_non_finite_loss_on_a_gpu_stops_the_run_when_it_is_looked_at(gpu, small_config):
+    z, domain = planted_activations(256)
+    z[3, 4] = float("inf")
+    for last in ("note", "resample", "regroup"):
+        config = dataclasses.replace(small_config, resample_every=6 if last == "resample" else 50,
+                                     ramp_fraction=0.1 if last == "regroup" else 0.5)
+        with gpu:
+            trainer = CustomTrainer(config, CustomSAE(32, 128, randomness(0)).to(GPU), 0)
+            for _ in range(5):
+                numbers = trainer.step(z.to(GPU), domain.to(GPU))
+            with pytest.raises(UserError, match=r"non-finite loss at step .*, seed 0: .*fit nan"):
+                trainer.note(numbers) if last == "note" else [
+                    trainer.step(z.to(GPU), domain.to(GPU)) for _ in range(2)]
 
 
 def test_a_process_without_a_gpu_of_its_own_is_named(gpu, monkeypatch):
@@ -92,8 +183,9 @@ def test_the_main_job_gives_the_same_on_a_gpu(gpu, job, monkeypatch, run):
     on_cpu, on_gpu = (read_result(folder / run) for folder in (Path(), Path("gpu")))
     assert on_gpu["environment"]["device"] == "cuda:0"
     assert gpu.ran["aten::_fused_adam_"] >= 24 * len(on_gpu["seeds"])
+    # features are clamped in an order that rounding changes, which the area shows
     for name, bound in {"l0": 0.01, "explained_variance": 1e-4, "ce_base": 1e-5, "ce_sae": 1e-3,
-                        "l_dir": 1e-3, "unlearning_area": 2e-3, "llm_test_accuracy": 0}.items():
+                        "l_dir": 1e-3, "unlearning_area": 5e-3, "llm_test_accuracy": 0}.items():
         assert on_gpu["means"][name] == pytest.approx(on_cpu["means"][name], abs=bound), name
 
 
