@@ -19,6 +19,7 @@ from lab.substrates.texts import NAMED
 
 BYTES = 2  # a number in half precision
 ROUNDS = 2  # of a domain that are in memory: one is used while the next is made
+AT_LEAST = 32  # shards that memory has room for; they are made smaller where it has not
 OF_FREE_DISK = 0.9  # so much of it may be filled with activations
 
 
@@ -288,6 +289,10 @@ class Stream:
 
 def open_streams(substrate: Substrate, shard_tokens: int, gigabytes: float) -> list[Stream]:
     """The forget and the retain tokens of learn text, with windows that fit in this much memory."""
+    context = substrate.learn.tokens_NT.shape[1]
+    room = 1e9 * gigabytes / (BYTES * substrate.source.d_in)  # tokens
+    while shard_tokens > context and AT_LEAST * shard_tokens > room:
+        shard_tokens //= 2
     parts = [Shards(substrate, shard_tokens, domain) for domain in range(len(NAMED))]
     windows = window_sizes(parts, gigabytes)
     keep_if_disk_holds(parts)

@@ -24,8 +24,10 @@ ONE = 2 * WIDTH * SHARD / 1e9  # gigabytes of a shard
 
 
 @pytest.fixture
-def tiny(tmp_path, processor):
+def tiny(tmp_path, processor, monkeypatch):
+    """In float32, so that what must be equal is; its shards are never made smaller."""
     processor(bfloat16=False)
+    monkeypatch.setattr(shards_module, "AT_LEAST", 1)
     return tiny_substrate(tmp_path / "cache", learn_tokens=1600)
 
 
@@ -157,6 +159,14 @@ def test_the_window_takes_what_memory_the_rounds_leave(shards, counts, windows):
         vars(part).update(substrate=substrate, per_shard=4, starts=range(n),
                           tokens_NT=torch.zeros(4 * n, 16))
     assert window_sizes(parts, shards * ONE * 1.0001) == windows
+
+
+@pytest.mark.parametrize(("gigabytes", "contexts"), [(32 * ONE, 4), (31.9 * ONE, 2),
+                                                     (16 * ONE, 2), (8 * ONE, 1), (2 * ONE, 1)])
+def test_shards_are_smaller_where_memory_has_room_for_few(tiny, monkeypatch, gigabytes, contexts):
+    monkeypatch.setattr(shards_module, "AT_LEAST", 32)
+    for stream in shards_module.open_streams(tiny, SHARD, gigabytes):
+        assert stream.shards.per_shard == contexts
 
 
 def test_too_little_memory_for_a_window_is_one_line_that_says_how_much_is_needed(tiny):
