@@ -325,7 +325,8 @@ class CustomSAE(nn.Module):
         rows_FD = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         self.d_in, self.d_sae = d_in, d_sae
         self.screen = screen or faster_screen()  # how `sparse_code` looks for active features
-        self.half = False  # whether `dense_code` multiplies in bfloat16, on a GPU
+        self.half = False  # whether `gpu_code` multiplies in bfloat16
+        self.room = 0  # of its lists, in active features a token; 0: it makes none
         self.W_enc_FD = nn.Parameter(rows_FD.clone())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(rows_FD)
@@ -356,15 +357,20 @@ class CustomSAE(nn.Module):
     def sparse_code(self, z_BD: Tensor) -> Code:
         return Code(*SparseAutoencode.apply(z_BD, *self.parameters(), self.screen))
 
-    def dense_code(self, z_BD: Tensor) -> Code | DenseCode:
-        """The same by dense products: faster where many features fire, and on a GPU, there in
-        bfloat16 where it has it (weights stay float32) and without a list of what is active."""
-        if z_BD.is_cuda:
-            dtype = torch.bfloat16 if self.half else torch.float32
-            return DenseCode(*DenseAutoencode.apply(z_BD, *self.parameters(), dtype))
+    def dense_code(self, z_BD: Tensor) -> Code:
+        """The same by plain dense products: faster where many features fire."""
         f_BF = self.encode(z_BD)
         row_N, column_N = f_BF.nonzero(as_tuple=True)
         return Code(self.decode(f_BF), f_BF[row_N, column_N], row_N, column_N)
+
+    def gpu_code(self, z_BD: Tensor) -> Code | DenseCode:
+        """The same without a look at how many features fire, for which the program would wait. In
+        bfloat16 where the GPU has it; weights stay float32."""
+        dtype = torch.bfloat16 if self.half else torch.float32
+        if not self.room:
+            return DenseCode(*DenseAutoencode.apply(z_BD, *self.parameters(), dtype))
+        from lab.kernels import ListedAutoencode, PaddedCode  # Triton is there with CUDA only
+        return PaddedCode(*ListedAutoencode.apply(z_BD, *self.parameters(), dtype, self.room))
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
@@ -585,7 +591,7 @@ class CustomTrainer:
         """One step on normalised activations [B, D] and their domain labels, both this process's
         share of the batch; returns the objective and its terms over the whole batch."""
         alpha, ramp, sparsity = self.alpha, self.ramp(), self.state["log_sparsity"].exp()
-        code = self.sae.sparse_code(z_BD) if self.is_sparse() else self.sae.dense_code(z_BD)
+        code = self.code(z_BD)
         seen = self.seen(code, domain_B)
         terms = self.terms(z_BD, code, seen)
         loss = (terms.fit + sparsity.float() * terms.l1
@@ -604,8 +610,13 @@ class CustomTrainer:
         self.regroup_if_due_()
         return self.numbers
 
+    def code(self, z_BD: Tensor) -> Code | DenseCode:
+        if self.device.type == "cuda":
+            return self.sae.gpu_code(z_BD)
+        return self.sae.sparse_code(z_BD) if self.is_sparse() else self.sae.dense_code(z_BD)
+
     def is_sparse(self) -> bool:
-        return self.device.type == "cpu" and bool(self.state["l0"] < 0.1 * self.sae.d_sae)
+        return bool(self.state["l0"] < 0.1 * self.sae.d_sae)
 
     def ramp(self) -> float:
         """0 to 1 over the first `ramp_fraction` of training: features form before they part."""
