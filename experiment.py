@@ -43,6 +43,7 @@ try:
     from lab.results.tracking import Tracker
     from lab.sparse import (Code, DenseAutoencode, DenseCode, ExportedSAE, HeldGradient,
                             SparseAutoencode, faster_screen)
+    from lab.settings import Settings
     from lab.shards import Shards, Stream, gathered, open_streams
     from lab.storage import (Cache, code_digest, digest, non_finite, randomness, read_tensors,
                              write_tensors)
@@ -87,7 +88,7 @@ MODES = ("off", "fixed", "adaptive", "max_cosine", "gram_encoder")
 
 
 @dataclass(frozen=True)
-class CustomSAEConfig:
+class CustomSAEConfig(Settings):
     """One row of the study. Defaults are shared by all runs; RUNS holds the differences."""
 
     purpose: str = ""
@@ -154,13 +155,7 @@ class CustomSAEConfig:
 
     def __post_init__(self) -> None:
         """Raise UserError where a value makes no sense, whatever it is trained on."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            number = isinstance(value, int | float) and math.isfinite(value)
-            if field.type is int:
-                self.require(field.name, isinstance(value, int), "use a whole number")
-            elif field.type is float:
-                self.require(field.name, number, "use a finite number")
+        self.require_numbers()
         self.require("orthogonality", self.orthogonality in MODES, f"use {', '.join(MODES)}")
         for name in ("steps", "batch_size", "expansion", "sketch_size", "n_seeds", "log_every",
                      "direction_every", "regroup_every", "resample_every", "checkpoint_every"):
@@ -189,11 +184,6 @@ class CustomSAEConfig:
                      f"use at most the {tokens} tokens there are to train on")
         self.require("batch_size", self.batch_size % n_processes == 0,
                      f"use a multiple of the {n_processes} processes")
-
-    def require(self, name: str, sound: bool, right: str) -> None:
-        if not sound:
-            raise UserError(f"{name}={getattr(self, name)!r} in RUNS, BUDGETS or CustomSAEConfig "
-                            f"cannot be trained with; {right}")
 
 
 def resolve_config(run: str, budget: str, study: Path) -> CustomSAEConfig:
@@ -944,8 +934,8 @@ def run_experiment(out_dir: Path, interrupts: Interrupts, processes: Processes) 
         resolved.pop("seed")
         if not processes.rank:
             folder.write_saes(source, resolved, saes)
-        evaluated = evaluate(saes, substrate, lambda domain: buffer.sample(
-            domain, substrate.sizes.frequency_tokens), clock)
+        evaluated = evaluate(saes, substrate, functools.cache(lambda domain: buffer.sample(
+            domain, substrate.sizes.frequency_tokens)), clock)
         if evaluated is None:
             return None
         histories = {seed: trainer.history for seed, trainer in trainers.items()}

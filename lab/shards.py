@@ -152,9 +152,9 @@ def window_sizes(parts: Sequence[Shards], gigabytes: float) -> list[int]:
     least = len(parts) * (1 + ROUNDS)
     room = int(1e9 * gigabytes // one) - len(parts) * ROUNDS
     if room < len(parts):
-        raise UserError(f"buffer_gigabytes={gigabytes:g} is too little for activations of "
-                        f"D={parts[0].substrate.source.d_in}; use at least "
-                        f"{least * one / 1e9:.2g}, and more to mix them well")
+        raise UserError(f"buffer_gigabytes={gigabytes:g} in RUNS, BUDGETS or CustomSAEConfig is "
+                        f"too little to train with; use at least {least * one / 1e9:.2g} GB, and "
+                        "more to mix well")
     first, second = map(len, parts)
     first = min(first, max(room // 2, room - second))
     return [first, min(second, room - first)]

@@ -19,7 +19,8 @@ FLOORS = (  # from the top; who stands on one imports what stands lower
     ("lab.evaluations", "lab.results"),
     ("lab.grouping", "lab.sparse", "lab.kernels", "lab.language_model", "lab.substrates",
      "lab.shards"),
-    ("lab.storage", "lab.distributed", "lab.device", "lab.console", "lab.code", "lab"),
+    ("lab.storage", "lab.distributed", "lab.device", "lab.console", "lab.code",
+     "lab.settings", "lab"),
 )
 TOP_LEVEL = {
     "experiment.py", "plot.py", "notes.txt", "requirements.txt", "run_0", "README.md", "lab",

@@ -169,10 +169,13 @@ def test_shards_are_smaller_where_memory_has_room_for_few(tiny, monkeypatch, gig
         assert stream.shards.per_shard == contexts
 
 
-def test_too_little_memory_for_a_window_is_one_line_that_says_how_much_is_needed(tiny):
-    with pytest.raises(UserError, match=r"^buffer_gigabytes=1e-05 is too little for activations of "
-                                        r"D=32; use at least 2.5e-05, and more to mix them well$"):
-        ActivationBuffer.read(tiny, SHARD, 1e-5)
+def test_too_little_memory_for_a_window_is_one_line_that_says_how_much_is_needed(
+        tiny, monkeypatch):
+    monkeypatch.setattr(shards_module, "AT_LEAST", 32)
+    with pytest.raises(UserError, match=r"^buffer_gigabytes=5e-06 in RUNS, BUDGETS or "
+                                        "CustomSAEConfig is too little to train with; use at least "
+                                        r"6.1e-06 GB, and more to mix well$"):
+        ActivationBuffer.read(tiny, SHARD, 5e-6)
 
 
 def test_no_more_shards_are_held_than_the_window_has(tiny):
