@@ -41,9 +41,10 @@ class DenseCode(NamedTuple):
 
     z_hat_BD: Tensor
     f_BF: Tensor
+    fires_BF: Tensor  # 1 where an activation is above zero, else 0
 
     def counts(self, d_sae: int) -> Tensor:
-        return torch.count_nonzero(self.f_BF, dim=0)
+        return self.fires_BF.sum(0, dtype=torch.float32).long()
 
     def totals(self, domain_B: Tensor, n_domains: int, d_sae: int) -> tuple[Tensor, Tensor]:
         is_KB = domain_B == torch.arange(n_domains, device=domain_B.device)[:, None]
@@ -53,8 +54,7 @@ class DenseCode(NamedTuple):
     def add_signs_(self, sum_FR: Tensor, column_B: Tensor, sign_B: Tensor) -> None:
         """Its products are exact: sums of ones, fewer than a half precision number counts."""
         is_BR = column_B[:, None] == torch.arange(sum_FR.shape[1], device=column_B.device)
-        sign_BR = (is_BR * sign_B[:, None]).to(self.f_BF.dtype)
-        sum_FR += (self.f_BF > 0).to(self.f_BF.dtype).T @ sign_BR
+        sum_FR += self.fires_BF.T @ (is_BR * sign_B[:, None]).to(self.fires_BF.dtype)
 
 
 @dataclass(frozen=True)
@@ -141,24 +141,28 @@ class SparseAutoencode(torch.autograd.Function):
 
 
 class DenseAutoencode(torch.autograd.Function):
-    """z → (ẑ, f [B, F]) by five products of `dtype`, which is f's too; all else is float32.
+    """z → (ẑ, f [B, F], where f > 0) by five products of `dtype`, which is f's too; all else is
+    float32.
 
     Same mathematics as `SparseAutoencode`. One product less than by autograd, which would find
-    b_dec's gradient by that of every token; and f is read and written as seldom as can be, as on
-    a GPU that takes as long as a product.
+    b_dec's gradient by that of every token. On a GPU five readings of f take as long as a product
+    at D = 512, so there are few: ReLU is a part of the first product, the sum of f's two
+    gradients one of the fourth.
     """
 
     @staticmethod
     def forward(ctx: Any, z_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor,
-                b_dec_D: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+                b_dec_D: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
         centred_BD, V_dec_FD = (z_BD - b_dec_D).to(dtype), W_dec_FD.to(dtype)
-        f_BF = torch.addmm(b_enc_F.to(dtype), centred_BD, W_enc_FD.to(dtype).T).relu_()
+        f_BF = torch._addmm_activation(b_enc_F.to(dtype), centred_BD, W_enc_FD.to(dtype).T)
+        fires_BF = f_BF.sign()
         ctx.save_for_backward(centred_BD, W_enc_FD, V_dec_FD, f_BF)
-        return (f_BF @ V_dec_FD).float() + b_dec_D, f_BF
+        ctx.mark_non_differentiable(fires_BF)
+        return (f_BF @ V_dec_FD).float() + b_dec_D, f_BF, fires_BF
 
     @staticmethod
-    def backward(ctx: Any, grad_z_hat_BD: Tensor,
-                 grad_f_BF: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_z_hat_BD: Tensor, grad_f_BF: Tensor,
+                 *_: Any) -> tuple[Tensor | None, ...]:
         centred_BD, W_enc_FD, V_dec_FD, f_BF = ctx.saved_tensors
         grad_BD = grad_z_hat_BD.to(f_BF.dtype)
         grad_BF = torch.addmm(grad_f_BF, grad_BD, V_dec_FD.T)

@@ -124,7 +124,8 @@ def test_dense_products_have_the_gradients_of_the_equations(dtype, error, genera
         loss = (pull_BD.to(z_hat.dtype) * z_hat).sum() + (pull_BF.to(f.dtype) * f).sum()
         return torch.autograd.grad(loss, weights)
 
-    z_hat, f = DenseAutoencode.apply(z, *weights, dtype)
+    z_hat, f, fires = DenseAutoencode.apply(z, *weights, dtype)
+    assert torch.equal(fires, (f > 0).to(dtype))
     expected = plain(z.double(), *exact)
     assert (z_hat.dtype, f.dtype) == (torch.float32, dtype)
     for one, other in zip((z_hat, f), expected):
@@ -156,7 +157,7 @@ def listed(f):
 
 
 def dense(f):
-    return DenseCode(f, f)
+    return DenseCode(f, f, f.sign())
 
 
 @pytest.fixture
