@@ -112,7 +112,7 @@ class Progress:
     def foretell(self, seconds: float) -> None:
         left = self.total - self.done
         if seconds * left > HEARTBEAT:
-            report(f"{self.what}: {left:,} steps at {1 / seconds:.3g} a second, which takes about "
+            report(f"{self.what}: {left:,} steps are left, at {1 / seconds:.3g} a second: about "
                    f"{duration(seconds * left)}")
 
     def show(self, **values: str) -> None:
