@@ -1,6 +1,9 @@
 """On a GPU, as far as that can be seen without one: everything is where it must be."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,14 @@ from lab.device import Readings, copy_stream, to_device
 from lab.distributed import Processes
 from lab.results.final_info import read_result
 from lab.storage import randomness
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "bench"))
+
+import gpu as benchmark  # noqa: E402
+
+CARD = torch.device("cuda", 0)
+on_a_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 @pytest.fixture
@@ -200,3 +211,98 @@ def test_a_gpu_that_has_bfloat16_runs_the_language_model_in_it(gpu, job):
     for name in ("ce_base", "ce_sae", "explained_variance"):
         assert on_gpu["means"][name] == pytest.approx(on_cpu["means"][name], rel=0.02)
         assert on_gpu["means"][name] != on_cpu["means"][name]
+
+
+# -- On a real one, which `bash bench/gpu.sh` asks for ---------------------------------------------
+
+
+def test_the_benchmark_ends_with_one_line_where_there_is_no_card(tmp_path):
+    done = subprocess.run(
+        ["bash", "bench/gpu.sh", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 1
+    assert (done.stdout, done.stderr.count("\n")) == ("", 1)
+    assert done.stderr.startswith("no GPU here: torch")
+    assert done.stderr.endswith("run bench/gpu.sh where nvidia-smi lists one\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_benchmark_measures_each_of_its_parts(capsys):
+    """At a small size, on the CPU."""
+    cpu = torch.device("cpu")
+    benchmark.steps(cpu, 256, 64, (128,), turns=1, repeats=1)
+    benchmark.profile(cpu, 256, 64, (128,), repeats=1)
+    benchmark.language_model(cpu, contexts=2, rows=1)
+    out = capsys.readouterr().out
+    assert "| 128 | ours, dense |" in out
+    assert "D = 128, dense:" in out
+    assert "aten::" in out
+    assert "through the hook and back" in out
+
+
+def test_the_bound_of_a_step_is_that_of_its_products_and_of_what_it_moves():
+    """By hand for an H100: 0.34 TFLOP of five products and 0.07 of the sketch's; 134 MB a reading
+    of [B, F]; 940 MB for the weights. Lists move 671 MB in four products."""
+    dense, listed = (benchmark.bound(16_384, 4_096, 512, listed) for listed in (False, True))
+    assert dense == pytest.approx(0.412e12 / 600e12 + (10 * 134e6 + 940e6) / 3.35e12, rel=0.01)
+    assert listed == pytest.approx(0.0687e12 / 600e12 + (2 * 134e6 + 671e6 + 940e6) / 3.35e12,
+                                   rel=0.01)
+
+
+def on_card(config, room=0):
+    sae = CustomSAE(32, config.expansion * 32, randomness("weights", 0))
+    sae.initialize_biases_(planted_activations(8192)[0][: config.batch_size], 16.0)
+    sae.room = room
+    return CustomTrainer(config, sae.to(CARD), 0)
+
+
+@on_a_card
+@pytest.mark.parametrize("room", [0, 64])
+@pytest.mark.parametrize("mode", MODES)
+def test_on_a_card_training_takes_the_path_of_the_cpu(small_config, processor, mode, room):
+    """For the steps in which rounding has not yet grown."""
+    processor(bfloat16=False)
+    config = dataclasses.replace(small_config, orthogonality=mode, steps=12, ramp_fraction=0.5)
+    z, domain = planted_activations(8192)
+    here = CustomSAE(32, config.expansion * 32, randomness("weights", 0))
+    here.initialize_biases_(z[: config.batch_size], 16.0)
+    expected = losses(CustomTrainer(config, here, 0), z, domain, "cpu")
+    trainer = on_card(config, room)
+    trainer.direction_dtype = torch.float32
+    assert losses(trainer, z, domain, CARD) == pytest.approx(expected, rel=1e-3)
+
+
+@on_a_card
+@pytest.mark.parametrize("room", [0, 64])
+@pytest.mark.parametrize("mode", MODES)
+def test_on_a_card_an_ordinary_step_waits_for_nothing(small_config, mode, room):
+    trainer = on_card(dataclasses.replace(small_config, orthogonality=mode, steps=100), room)
+    trainer.sae.half = True
+    z, domain = planted_activations(256)
+    for _ in range(3):  # kernels are built, memory is taken
+        trainer.step(to_device(z, CARD), to_device(domain, CARD))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(8):
+            numbers = trainer.step(to_device(z, CARD), to_device(domain, CARD))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert 0 < numbers["fit"] < 1.5
+
+
+@on_a_card
+@pytest.mark.parametrize(("half", "error"), [(False, 1e-4), (True, 0.1)])
+def test_on_a_card_the_kernels_have_the_gradients_of_the_dense_products(half, error):
+    sae = CustomSAE(512, 4096, randomness("weights", 0)).to(CARD)
+    z = torch.randn(1024, 512, generator=randomness("z")).to(CARD) / 512**0.5
+    sae.initialize_biases_(z, 40.0)
+    sae.half = half
+    gradients = []
+    for room in (0, 128):
+        sae.room = room
+        code = sae.gpu_code(z)
+        total_KF, total = code.totals(torch.arange(1024, device=CARD) % 2, 2, 4096)
+        loss = (z - code.z_hat_BD).norm(dim=1).sum() + 0.04 * total + total_KF[0].square().sum()
+        gradients.append(torch.autograd.grad(loss, list(sae.parameters())))
+    for one, other in zip(*gradients):
+        assert float((one - other).norm() / other.norm()) < error
