@@ -141,6 +141,14 @@ def keep_if_disk_holds(shards: Sequence[Shards]) -> None:
                "free: they are made whenever they are needed and not written")
 
 
+def smaller_shards(tokens: int, context: int, room: float) -> int:
+    """Tokens of a shard so that memory with room for `room` tokens holds enough of them: `tokens`,
+    or a half, a quarter and so on, down to a context."""
+    while tokens > context and AT_LEAST * tokens > room:
+        tokens //= 2
+    return tokens
+
+
 def window_sizes(parts: Sequence[Shards], gigabytes: float) -> list[int]:
     """How many shards of each of two domains are mixed at a time in this much memory, beside the
     rounds that are made of them: half of what there is room for, or all shards of a domain.
@@ -268,7 +276,8 @@ class Stream:
             if i % self.processes.size == self.processes.rank:
                 if i not in self.held:
                     self.held[i] = self.shards.read(i)["acts"]
-                block_SD[place_S[begin:end]] = self.held[i][self.cut(seed, epoch, i)[first:last]]
+                chosen = self.cut(seed, epoch, i)[first:last]
+                block_SD.index_copy_(0, place_S[begin:end], self.held[i].index_select(0, chosen))
         return block_SD
 
     def sample(self, size: int) -> Tensor:
@@ -289,11 +298,9 @@ class Stream:
 
 def open_streams(substrate: Substrate, shard_tokens: int, gigabytes: float) -> list[Stream]:
     """The forget and the retain tokens of learn text, with windows that fit in this much memory."""
-    context = substrate.learn.tokens_NT.shape[1]
-    room = 1e9 * gigabytes / (BYTES * substrate.source.d_in)  # tokens
-    while shard_tokens > context and AT_LEAST * shard_tokens > room:
-        shard_tokens //= 2
-    parts = [Shards(substrate, shard_tokens, domain) for domain in range(len(NAMED))]
+    room = 1e9 * gigabytes / (BYTES * substrate.source.d_in)
+    smaller = smaller_shards(shard_tokens, substrate.learn.tokens_NT.shape[1], room)
+    parts = [Shards(substrate, smaller, domain) for domain in range(len(NAMED))]
     windows = window_sizes(parts, gigabytes)
     keep_if_disk_holds(parts)
     thread = ThreadPoolExecutor(1)  # one, as the language model is no two threads' at a time
