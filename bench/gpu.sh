@@ -9,9 +9,10 @@
 # packages are taken from SAE_CACHE_DIR where they are; a part that fails does not stop the others.
 set -u
 python=${PYTHON:-python}
-cd "$(dirname "$0")/.." || exit 1
+root=$(realpath "$(dirname "$0")/..")
+folder=$(realpath -m "${1:-$root/.cache/gpu}")
+cd "$root" || exit 1
 "$python" bench/gpu.py card || exit 1
-folder=${1:-.cache/gpu}
 mkdir -p "$folder"
 export SAE_SUBSTRATE=${SAE_SUBSTRATE:-standin} WANDB_MODE=disabled
 
