@@ -266,8 +266,11 @@ class ActivationBuffer:
         chosen = torch.randperm(len(index), generator=randomness("sample", domain))[:size]
         return self.acts_ND[index[chosen]].float()
 
-    def let_go(self) -> None:
-        """Free what only training needs; nothing, where everything is in memory."""
+    def __enter__(self) -> None:
+        """For training; after it nothing is read ahead."""
+
+    def __exit__(self, *_: Any) -> None:
+        """All stays in memory."""
 
 
 class StreamedBuffer(ActivationBuffer):
@@ -293,7 +296,7 @@ class StreamedBuffer(ActivationBuffer):
     def sample(self, domain: int, size: int) -> Tensor:
         return self.streams[domain].sample(size)
 
-    def let_go(self) -> None:
+    def __exit__(self, *_: Any) -> None:
         for one in self.streams:
             one.let_go()
 
@@ -877,7 +880,7 @@ def train_sae(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int, chec
                         "must see the same SAE_CACHE_DIR")
     share, device = processes.share(config.batch_size), processes.device
     bar = Progress(f"training, seed {seed}", config.steps, trainer.step_count, foretold=True)
-    with interrupts.deferred(), bar:
+    with interrupts.deferred(), bar, buffer:
         while (step := trainer.step_count) < config.steps:
             z_BD, domain_B = buffer.batch(seed, step, config.batch_size, config.forget_share, share)
             numbers = trainer.step(z_BD.to(device), domain_B.to(device))
@@ -896,7 +899,6 @@ def train_sae(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int, chec
             if interrupted:
                 interrupts.signal = interrupts.signal or signal.SIGTERM
                 raise Interrupts.Stop
-    buffer.let_go()
     return trainer
 
 

@@ -13,7 +13,6 @@ amount of text can be tried. A second table has how fast a stream is.
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +23,7 @@ from controls import line, open_substrate
 from torch import Tensor
 
 from lab.distributed import Processes
-from lab.shards import BYTES, Shards, Stream, smaller_shards, window_sizes
+from lab.shards import BYTES, Reader, Shards, Stream, smaller_shards, window_sizes
 from lab.storage import randomness, read_tensors, write_tensors
 from lab.substrates import Substrate
 from lab.substrates.texts import RETAIN
@@ -42,6 +41,7 @@ class Numbered(Shards):
     def __init__(self, tokens: int, gigabytes: float):
         room = 1e9 * gigabytes / (BYTES * D_IN)
         self.per_shard, self.domain = smaller_shards(SHARD, CONTEXT, room) // CONTEXT, RETAIN
+        self.check = lambda: None
         self.tokens_NT = torch.empty(tokens // CONTEXT, CONTEXT, device="meta")
         self.starts = range(0, len(self.tokens_NT), self.per_shard)
         self.substrate = SimpleNamespace(processes=Processes(), source=SimpleNamespace(d_in=D_IN),
@@ -65,7 +65,7 @@ def same_pairs(batches: list[Tensor]) -> float:
 
 def streamed(shards: Numbered, window: int) -> list[Tensor]:
     """Batches from all over the first epoch."""
-    stream = Stream(shards, window, ThreadPoolExecutor(1))
+    stream = Stream(shards, window, Reader())
     stream.d_in = 1  # a number is all that an activation has here
     starts = torch.linspace(0, len(stream) - SIZE, STEPS).long().tolist()
     return [stream.take(0, start, SIZE)[:, 0] for start in starts]
@@ -97,8 +97,7 @@ def speed(shards: int = 40, gigabytes: float = 2.0) -> tuple[float, float]:
         for i in range(len(stored)):
             stored.read(i)
         read = SHARD * shards / (time.perf_counter() - start)
-        stream = Stream(stored, window_sizes([stored, stored], gigabytes)[0],
-                        ThreadPoolExecutor(1))
+        stream = Stream(stored, window_sizes([stored, stored], gigabytes)[0], Reader())
         stream.take(0, 0, SIZE)
         start = time.perf_counter()
         for place in range(SIZE, len(stream), SIZE):

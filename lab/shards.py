@@ -23,10 +23,21 @@ AT_LEAST = 32  # shards that memory has room for; they are made smaller where it
 OF_FREE_DISK = 0.9  # so much of it may be filled with activations
 
 
+class Stopped(Exception):
+    """What is read ahead is not wanted any more."""
+
+
 def residual_shard(substrate: Substrate, tokens_NT: Tensor, domain_N: Tensor,
-                   rows: int = 16) -> dict[str, Tensor]:
-    """Residuals of contexts as one list of tokens, attention sinks left out, with domains."""
-    x_NTD = torch.cat([substrate.lm.residual(part) for part in tokens_NT.split(rows)])
+                   check: Callable[[], None], rows: int = 16) -> dict[str, Tensor]:
+    """Residuals of contexts as one list of tokens, attention sinks left out, with domains.
+
+    `check` is called now and then; what it raises ends the work.
+    """
+    parts = []
+    for part in tokens_NT.split(rows):
+        check()
+        parts.append(substrate.lm.residual(part))
+    x_NTD = torch.cat(parts)
     if not bool(torch.isfinite(x_NTD).all()):
         raise UserError("the language model gives residuals that are not finite")
     keep = substrate.is_plain(x_NTD).cpu()
@@ -45,6 +56,7 @@ class Shards:
     def __init__(self, substrate: Substrate, shard_tokens: int, domain: int | None = None):
         tokens_NT, domain_N = substrate.learn
         self.substrate, self.domain, self.kept = substrate, domain, True
+        self.check: Callable[[], None] = lambda: None  # may end what is being made
         chosen = slice(None) if domain is None else domain_N == domain
         self.tokens_NT, self.domain_N = tokens_NT[chosen], domain_N[chosen]
         self.per_shard = max(1, shard_tokens // tokens_NT.shape[1])
@@ -64,6 +76,7 @@ class Shards:
 
     def read(self, i: int) -> dict[str, Tensor]:
         """`acts` [N, D] in half precision and `domain` [N] of the i-th shard."""
+        self.check()
         causes = *self.causes, self.starts[i]
         if self.kept:
             return self.substrate.cached(self.name(i), lambda: (self.make(i), None), *causes)[0]
@@ -72,7 +85,8 @@ class Shards:
 
     def make(self, i: int) -> dict[str, Tensor]:
         part = slice(self.starts[i], self.starts[i] + self.per_shard)
-        return residual_shard(self.substrate, self.tokens_NT[part], self.domain_N[part])
+        return residual_shard(self.substrate, self.tokens_NT[part], self.domain_N[part],
+                              self.check)
 
     def size(self, i: int) -> dict[str, Any]:
         """How many tokens the i-th shard has, and the sum of their squared norms. It is kept by
@@ -168,29 +182,44 @@ def window_sizes(parts: Sequence[Shards], gigabytes: float) -> list[int]:
     return [first, min(second, room - first)]
 
 
-class Ahead:
-    """Makes things in another thread, each before it is asked for."""
+class Reader:
+    """A thread that makes things, each before it is asked for. All that make them with the language
+    model share one, as that is no two threads' at a time."""
 
-    def __init__(self, make: Callable[[Any], Any], thread: ThreadPoolExecutor):
-        self.make, self.thread, self.pending = make, thread, dict[Any, Future]()
+    def __init__(self) -> None:
+        self.thread, self.stopped = ThreadPoolExecutor(1), False
+        self.pending: dict[tuple, Future] = {}
 
-    def get(self, key: Any, following: Any) -> Any:
-        """`make(key)`, whose errors are raised here; `make(following)` is begun."""
-        now = self.pending.pop(key, None) or self.thread.submit(self.make, key)
-        self.settle()
-        self.pending = {following: self.thread.submit(self.make, following)}
-        return now.result()
+    def begin(self, work: Callable[..., Any], *arguments: Any) -> None:
+        key = (work, *arguments)
+        if key not in self.pending:
+            self.pending[key] = self.thread.submit(work, *arguments)
 
-    def wait_for(self, work: Callable[[int], Any], i: int) -> Any:
-        """`work(i)`, done in the thread, after what is begun."""
-        return self.thread.submit(work, i).result()
+    def result(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """What `work` gives. Other things that it has begun are let go; an error, or a signal that
+        ends the wait, ends all that is begun."""
+        key = (work, *arguments)
+        for other in [one for one in self.pending if one[0] == work and one != key]:
+            self.pending.pop(other).cancel()
+        self.begin(*key)
+        try:
+            made = self.pending[key].result()
+        except BaseException:
+            self.settle()
+            raise
+        del self.pending[key]
+        return made
 
     def settle(self) -> None:
-        """Let go of what was made or begun and not asked for."""
-        for one in self.pending.values():
-            one.cancel()
-        wait(self.pending.values())
-        self.pending = {}
+        """End what is begun, and wait for its end."""
+        self.stopped = True
+        wait([one for one in self.pending.values() if not one.cancel()])
+        self.pending, self.stopped = {}, False
+
+    def check(self) -> None:
+        """Raise Stopped in work that is not wanted any more."""
+        if self.stopped:
+            raise Stopped
 
 
 class Stream:
@@ -204,7 +233,7 @@ class Stream:
     alone. Of several processes each reads shards of its own, and they give each other the rounds.
     """
 
-    def __init__(self, shards: Shards, window: int, thread: ThreadPoolExecutor):
+    def __init__(self, shards: Shards, window: int, reader: Reader):
         self.shards, self.window, self.processes = shards, window, shards.substrate.processes
         self.d_in, self.layout = shards.substrate.source.d_in, (shards.per_shard, window)
         sizes = list(shards.each(shards.size))
@@ -212,7 +241,7 @@ class Stream:
         self.square = sum(size["square"] for size in sizes)
         self.dtype = shards.substrate.compact(torch.zeros(0)).dtype
         self.held: dict[int, Tensor] = {}  # of the thread that makes rounds, and no other
-        self.ahead = Ahead(self.round, thread)
+        self.reader, shards.check = reader, reader.check
         self.now: tuple[Any, Tensor] | None = None
         self.ring = functools.lru_cache(maxsize=2)(self.laid_out)
         self.cut = functools.lru_cache(maxsize=2 * window)(self.shuffled)
@@ -235,7 +264,8 @@ class Stream:
         """All tokens of a round, in their order; rounds are numbered on over epochs."""
         if self.now is None or self.now[0] != (seed, number):
             self.now = None
-            block_SD = self.ahead.get((seed, number), (seed, number + 1))
+            block_SD = self.reader.result(self.round, seed, number)
+            self.reader.begin(self.round, seed, number + 1)
             self.processes.sum_(block_SD.view(torch.int32))  # bits, as all others have zeros
             self.now = (seed, number), block_SD
         return self.now[1]
@@ -261,9 +291,8 @@ class Stream:
         order = randomness("parts", seed, self.shards.domain, epoch, i)
         return torch.randperm(self.tokens[i], generator=order)
 
-    def round(self, key: tuple[int, int]) -> Tensor:
+    def round(self, seed: int, number: int) -> Tensor:
         """This process's tokens of a round at their places [S, D], zeros at those of the others."""
-        seed, number = key
         (epoch, r), (order, starts) = divmod(number, len(self.shards)), self.ring(seed)
         parts = self.parts(order, r)
         self.held = {i: self.held[i] for i, _, _ in parts if i in self.held}
@@ -285,14 +314,14 @@ class Stream:
         parts: list[Tensor] = []
         for i in range(len(self.shards)):
             if sum(map(len, parts)) < size:
-                parts.append(self.ahead.wait_for(self.shards.read, i)["acts"])
+                parts.append(self.reader.result(self.shards.read, i)["acts"])
         x_ND = torch.cat(parts)
         order = randomness("sample", self.shards.domain)
         return x_ND[torch.randperm(len(x_ND), generator=order)[:size]].float()
 
     def let_go(self) -> None:
         """Hold nothing in memory, and read nothing ahead until more is asked for."""
-        self.ahead.settle()
+        self.reader.settle()
         self.held, self.now = {}, None
 
 
@@ -303,5 +332,5 @@ def open_streams(substrate: Substrate, shard_tokens: int, gigabytes: float) -> l
     parts = [Shards(substrate, smaller, domain) for domain in range(len(NAMED))]
     windows = window_sizes(parts, gigabytes)
     keep_if_disk_holds(parts)
-    thread = ThreadPoolExecutor(1)  # one, as the language model is no two threads' at a time
-    return [Stream(part, window, thread) for part, window in zip(parts, windows)]
+    reader = Reader()
+    return [Stream(part, window, reader) for part, window in zip(parts, windows)]

@@ -3,8 +3,9 @@
 import collections
 import dataclasses
 import math
+import signal
 import threading
-from concurrent.futures import ThreadPoolExecutor
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,8 @@ from experiment import ActivationBuffer, StreamedBuffer
 from lab import shards as shards_module
 from lab.console import UserError
 from lab.distributed import Interrupts, Processes
-from lab.shards import Ahead, Shards, window_sizes
+from lab.language_model import LanguageModel
+from lab.shards import Reader, Shards, window_sizes
 from lab.substrates.texts import FORGET, RETAIN
 
 SHARD = 64  # tokens: four contexts
@@ -47,6 +49,11 @@ def rows(x):
 
 def batches(buffer, steps, seed=0):
     return [buffer.batch(seed, step, 50, 0.4) for step in steps]
+
+
+def let_go(buffer):
+    with buffer:
+        pass
 
 
 def same(ours, theirs):
@@ -104,7 +111,7 @@ def test_a_streamed_batch_is_a_function_of_seed_and_step_alone(tiny, shards):
         assert same(batches(read(again(tiny), shards), [step]), [whole[step]])
         assert same(batches(buffer, [step]), [whole[step]])
     assert not same(batches(buffer, [3], seed=1), [whole[3]])
-    buffer.let_go()
+    let_go(buffer)
     assert same(batches(buffer, range(60)), whole)
 
 
@@ -183,11 +190,12 @@ def test_no_more_shards_are_held_than_the_window_has(tiny):
     for step in range(60):
         buffer.batch(0, step, 50, 0.4)
         for stream in buffer.streams:
-            stream.ahead.pending and next(iter(stream.ahead.pending.values())).result()
+            for one in stream.reader.pending.values():
+                one.result()
             most = max(most, len(stream.held))
     assert most == 4
-    buffer.let_go()
-    assert not any(stream.held or stream.now or stream.ahead.pending for stream in buffer.streams)
+    let_go(buffer)
+    assert not any(stream.held or stream.now or stream.reader.pending for stream in buffer.streams)
 
 
 def test_from_one_round_to_the_next_one_shard_is_read(tiny, monkeypatch):
@@ -197,7 +205,7 @@ def test_from_one_round_to_the_next_one_shard_is_read(tiny, monkeypatch):
     stream = buffer.streams[FORGET]
     for number in range(20):
         stream.block(0, number)
-    stream.ahead.settle()
+    stream.let_go()
     assert len(names) in (4 + 19, 4 + 20)  # the last one may be read ahead
 
 
@@ -226,7 +234,7 @@ def test_activations_that_the_disk_does_not_hold_are_made_on_the_fly_to_the_same
         "whenever they are needed and not written")
     ours = batches(on_the_fly, range(60))
     samples = [on_the_fly.sample(k, 100) for k in (FORGET, RETAIN)]
-    on_the_fly.let_go()
+    let_go(on_the_fly)
     kept = [path.name for path in (tiny.cache.root / "tiny" / "activations").iterdir()]
     assert all("-size-" in name for name in kept)
     monkeypatch.setattr(shards_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
@@ -260,7 +268,7 @@ def test_what_is_on_disk_already_needs_no_more_room(tiny, full_disk, monkeypatch
 # -- Reading ahead -------------------------------------------------------------------------------
 
 
-def test_what_follows_is_begun_in_another_thread_before_it_is_asked_for():
+def test_what_is_begun_is_made_in_another_thread_before_it_is_asked_for():
     begun, threads = threading.Event(), []
 
     def make(key):
@@ -269,25 +277,52 @@ def test_what_follows_is_begun_in_another_thread_before_it_is_asked_for():
             begun.set()
         return 10 * key
 
-    ahead = Ahead(make, ThreadPoolExecutor(1))
-    assert ahead.get(1, following=2) == 10
+    reader = Reader()
+    assert reader.result(make, 1) == 10
+    reader.begin(make, 2)
     assert begun.wait(10)
-    assert ahead.get(2, following=3) == 20
-    assert ahead.get(7, following=8) == 70  # what was begun in vain is let go
-    ahead.settle()
-    assert set(threads) - {threading.get_ident()} == set(threads)
+    assert reader.result(make, 2) == 20
+    reader.begin(make, 3)
+    assert reader.result(make, 7) == 70  # what was begun in vain is let go
+    assert reader.pending == {}
+    assert threading.get_ident() not in threads
 
 
 def test_errors_of_what_was_read_ahead_are_raised_where_it_is_asked_for():
     def make(key):
-        if key == 2:
-            raise OSError(5, "Input/output error")
-        return key
+        raise OSError(5, "Input/output error")
 
-    ahead = Ahead(make, ThreadPoolExecutor(1))
-    assert ahead.get(1, following=2) == 1
+    reader = Reader()
+    reader.begin(make, 2)
     with pytest.raises(OSError, match="Input/output error"):
-        ahead.get(2, following=3)
+        reader.result(make, 2)
+    assert reader.result(int, 3) == 3
+
+
+def test_a_signal_ends_the_making_of_a_window_at_once(tiny, full_disk, monkeypatch):
+    """Which may take minutes on the fly."""
+    buffer, calls = read(tiny, 24), []
+    interrupts, residual = Interrupts(), LanguageModel.residual
+
+    def counted(self, *arguments):
+        calls.append(threading.current_thread())
+        if len(calls) == 3:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+            while not buffer.streams[0].reader.stopped:
+                time.sleep(0.01)
+        return residual(self, *arguments)
+
+    monkeypatch.setattr(LanguageModel, "residual", counted)
+    before = signal.signal(signal.SIGTERM, interrupts.handle)
+    try:
+        with pytest.raises(Interrupts.Stop):
+            buffer.batch(0, 0, 50, 0.4)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert threading.main_thread() not in calls
+    assert len(calls) == 3
+    assert len(buffer.batch(0, 0, 50, 0.4)[0]) == 50
+    assert len(calls) > 20
 
 
 # -- Training ------------------------------------------------------------------------------------
