@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +29,9 @@ if __name__ == "__main__":  # Ctrl-C during the imports ends it, without a trace
 
 try:
     # lab first: it keeps the text of what is loaded
-    from lab.console import Clock, Parser, Progress, UserError, progress, report, show
-    from lab.distributed import Interrupts, Processes, keep_freed_memory, report_error
+    from lab.console import ENVIRONMENT, Clock, Parser, Progress, UserError, report, show
+    from lab.device import Readings, to_device
+    from lab.distributed import Interrupts, Processes, exit_code, keep_freed_memory
     from lab.evaluations import evaluate
     from lab.grouping import (CoactivationSketch, GroupStatistics, group_features,
                               group_statistics, random_condition_number)
@@ -40,15 +41,16 @@ try:
     from lab.results.folder import RunFolder
     from lab.results.notes import summary
     from lab.results.tracking import Tracker
-    from lab.sparse import (Code, ExportedSAE, HeldGradient, SparseAutoencode,
-                            faster_screen)
+    from lab.sparse import (Code, DenseAutoencode, DenseCode, ExportedSAE, HeldGradient,
+                            SparseAutoencode, faster_screen)
+    from lab.settings import Settings
+    from lab.shards import Shards, Stream, gathered, open_streams
     from lab.storage import (Cache, code_digest, digest, non_finite, randomness, read_tensors,
                              write_tensors)
     from lab.substrates import Substrate, choose_source, quiet_libraries
     from lab.substrates.texts import FORGET, RETAIN, SIZES
 
     import torch
-    from safetensors import SafetensorError
     from torch import Tensor, nn
 except ModuleNotFoundError as missing:
     sys.exit(f"error: package {missing.name} is missing; pip install -r requirements.txt gives it")
@@ -79,12 +81,14 @@ BUDGETS: dict[str, dict[str, Any]] = {  # overrule the row, so runs 2, 4, 5 are 
     "full": {},
     "smoke": dict(expansion=2, steps=120, warmup_steps=20, n_seeds=2, regroup_every=40,
                   resample_every=30, checkpoint_every=40, log_every=10),
+    "paper": dict(expansion=64, steps=25_000, batch_size=4096, warmup_steps=1000, n_seeds=3,
+                  resample_every=250, checkpoint_every=1000, log_every=100, buffer_gigabytes=8.0),
 }
 MODES = ("off", "fixed", "adaptive", "max_cosine", "gram_encoder")
 
 
 @dataclass(frozen=True)
-class CustomSAEConfig:
+class CustomSAEConfig(Settings):
     """One row of the study. Defaults are shared by all runs; RUNS holds the differences."""
 
     purpose: str = ""
@@ -123,6 +127,8 @@ class CustomSAEConfig:
     steps: int = 600
     batch_size: int = 2048
     """Tokens, over all processes."""
+    buffer_gigabytes: float = 2.0
+    """Memory for activations, over all processes; what it does not hold is streamed."""
     forget_share: float = 0.4
     """Part of every batch that is forget text, however much of it there is."""
     learning_rate: float = 1e-3
@@ -149,13 +155,7 @@ class CustomSAEConfig:
 
     def __post_init__(self) -> None:
         """Raise UserError where a value makes no sense, whatever it is trained on."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            number = isinstance(value, int | float) and math.isfinite(value)
-            if field.type is int:
-                self.require(field.name, isinstance(value, int), "use a whole number")
-            elif field.type is float:
-                self.require(field.name, number, "use a finite number")
+        self.require_numbers()
         self.require("orthogonality", self.orthogonality in MODES, f"use {', '.join(MODES)}")
         for name in ("steps", "batch_size", "expansion", "sketch_size", "n_seeds", "log_every",
                      "direction_every", "regroup_every", "resample_every", "checkpoint_every"):
@@ -163,7 +163,7 @@ class CustomSAEConfig:
         for name in ("alpha", "eta", "warmup_steps", "first_seed"):
             self.require(name, getattr(self, name) >= 0, "use at least 0")
         for name in ("learning_rate", "target_l0", "sparsity_penalty", "sparsity_rate",
-                     "share_even"):
+                     "share_even", "buffer_gigabytes"):
             self.require(name, getattr(self, name) > 0, "use more than 0")
         for name in ("ramp_fraction", "decay_fraction", "resample_fraction"):
             self.require(name, 0 <= getattr(self, name) <= 1, "use a part, from 0 to 1")
@@ -184,11 +184,6 @@ class CustomSAEConfig:
                      f"use at most the {tokens} tokens there are to train on")
         self.require("batch_size", self.batch_size % n_processes == 0,
                      f"use a multiple of the {n_processes} processes")
-
-    def require(self, name: str, sound: bool, right: str) -> None:
-        if not sound:
-            raise UserError(f"{name}={getattr(self, name)!r} in RUNS, BUDGETS or CustomSAEConfig "
-                            f"cannot be trained with; {right}")
 
 
 def resolve_config(run: str, budget: str, study: Path) -> CustomSAEConfig:
@@ -215,50 +210,25 @@ class ActivationBuffer:
     alone, so that resuming needs no other state.
     """
 
+    layout: tuple = ()  # what batches depend on beside the activations
+
     def __init__(self, shards: Iterable[dict[str, Tensor]], room: int):
-        """Of at most `room` tokens. Shards may be made as they are asked for: one is copied and
-        let go before the one after the next is made."""
-        square, n, domains = 0.0, 0, []
-        for shard in shards:
-            acts_ND = shard["acts"]
-            if not domains:
-                self.acts_ND = torch.empty(room, acts_ND.shape[1], dtype=acts_ND.dtype)
-            self.acts_ND[n : n + len(acts_ND)] = acts_ND
-            norm_N = torch.linalg.vector_norm(acts_ND, dim=1, dtype=torch.float32)
-            square += float(norm_N.double().square().sum())
-            n += len(acts_ND)
-            domains.append(shard["domain"])
-        self.acts_ND, self.domain_N = self.acts_ND[:n], torch.cat(domains)
+        """Of at most `room` tokens."""
+        self.acts_ND, self.domain_N, square = gathered(shards, room)
+        self.d_in = self.acts_ND.shape[1]
         self.scale = math.sqrt(square / len(self))  # c
         self.of = [(self.domain_N == k).nonzero().squeeze(1) for k in (FORGET, RETAIN)]
         self.order = functools.lru_cache(maxsize=4)(self.shuffled)
 
     @classmethod
-    def read(cls, substrate: Substrate, shard_tokens: int = 32_768) -> "ActivationBuffer":
-        """From the cache, missing shards computed through the language model's hook.
-
-        Each shard is a random sample of all contexts; a killed run loses at most one shard of work.
-        Each of several processes first does a share of its own, and finds the others' in the cache.
-        """
-        tokens_NT, domain_N = substrate.learn
-        per_shard = max(1, shard_tokens // tokens_NT.shape[1])
-        causes = (substrate.learn.checksum(), substrate.sink_norm, per_shard,
-                  code_digest(residual_shard, Substrate))
-
-        def shard(start: int) -> dict[str, Tensor]:
-            part = slice(start, start + per_shard)
-            return substrate.cached(
-                f"activations/{start // per_shard:04d}",
-                lambda: (residual_shard(substrate, tokens_NT[part], domain_N[part]), None),
-                *causes, start)[0]
-
-        starts, processes = range(0, len(tokens_NT), per_shard), substrate.processes
-        if processes.size > 1:
-            for start in progress(starts[processes.rank :: processes.size], "activation shards"):
-                shard(start)
-            processes.wait()
-        parts = (shard(start) for start in progress(starts, "activation shards"))
-        return cls(parts, tokens_NT.numel())
+    def read(cls, substrate: Substrate, shard_tokens: int = 32_768,
+             gigabytes: float = CustomSAEConfig.buffer_gigabytes) -> "ActivationBuffer":
+        """From the cache, missing shards computed through the language model's hook; a killed run
+        loses at most one shard of work. Streamed where they take more memory than `gigabytes`."""
+        shards = Shards(substrate, shard_tokens)
+        if shards.fit_in(gigabytes):
+            return cls(shards.all(), shards.tokens_NT.numel())
+        return StreamedBuffer(open_streams(substrate, shard_tokens, gigabytes))
 
     def __len__(self) -> int:
         return len(self.domain_N)
@@ -294,16 +264,39 @@ class ActivationBuffer:
         chosen = torch.randperm(len(index), generator=randomness("sample", domain))[:size]
         return self.acts_ND[index[chosen]].float()
 
+    def __enter__(self) -> None:
+        """For training; after it nothing is read ahead."""
 
-def residual_shard(substrate: Substrate, tokens_NT: Tensor, domain_N: Tensor,
-                   rows: int = 16) -> dict[str, Tensor]:
-    """Residuals of contexts as one list of tokens, attention sinks left out, with domains."""
-    x_NTD = torch.cat([substrate.lm.residual(part) for part in tokens_NT.split(rows)])
-    if not bool(torch.isfinite(x_NTD).all()):
-        raise UserError("the language model gives residuals that are not finite")
-    keep = substrate.is_plain(x_NTD).cpu()
-    domain_NT = domain_N[:, None].expand_as(keep)
-    return {"acts": substrate.compact(x_NTD[keep]).cpu(), "domain": domain_NT[keep]}
+    def __exit__(self, *_: Any) -> None:
+        """All stays in memory."""
+
+
+class StreamedBuffer(ActivationBuffer):
+    """The same where memory does not hold all: the tokens of each domain come in the order of its
+    own stream, which mixes some shards at a time. Batches are others than in memory."""
+
+    def __init__(self, streams: list[Stream]):
+        self.streams = streams
+        self.scale = math.sqrt(sum(one.square for one in streams) / len(self))
+        self.d_in, self.layout = streams[0].d_in, tuple(one.layout for one in streams)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.streams))
+
+    def batch(self, seed: int, step: int, size: int, forget_share: float,
+              share: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        n_forget = round(forget_share * size)
+        parts = zip(self.streams, (n_forget, size - n_forget))
+        acts_BD = torch.cat([one.take(seed, step * n, n) for one, n in parts])
+        index = torch.randperm(size, generator=randomness("mix", seed, step))[share]
+        return acts_BD[index].float() / self.scale, (index >= n_forget).long()
+
+    def sample(self, domain: int, size: int) -> Tensor:
+        return self.streams[domain].sample(size)
+
+    def __exit__(self, *_: Any) -> None:
+        for one in self.streams:
+            one.let_go()
 
 
 # --- Sparse autoencoder -------------------------------------------------------------------------
@@ -323,7 +316,8 @@ class CustomSAE(nn.Module):
         rows_FD = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         self.d_in, self.d_sae = d_in, d_sae
         self.screen = screen or faster_screen()  # how `sparse_code` looks for active features
-        self.half = False  # whether `dense_code` multiplies in bfloat16
+        self.half = False  # whether `gpu_code` multiplies in bfloat16
+        self.room = 0  # of its lists, in active features a token; 0: it makes none
         self.W_enc_FD = nn.Parameter(rows_FD.clone())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(rows_FD)
@@ -352,17 +346,22 @@ class CustomSAE(nn.Module):
         return self.decode(self.encode(z_BD))
 
     def sparse_code(self, z_BD: Tensor) -> Code:
-        weights = self.W_enc_FD, self.b_enc, self.W_dec, self.b_dec
-        return Code(*SparseAutoencode.apply(z_BD, *weights, self.screen))
+        return Code(*SparseAutoencode.apply(z_BD, *self.parameters(), self.screen))
 
     def dense_code(self, z_BD: Tensor) -> Code:
-        """The same by plain dense products: faster where many features fire, and on a GPU, there
-        in bfloat16 where it has it (weights and sums stay float32)."""
-        with torch.autocast(z_BD.device.type, torch.bfloat16, enabled=self.half):
-            f_BF = self.encode(z_BD)
-            z_hat_BD = self.decode(f_BF)
+        """The same by plain dense products: faster where many features fire."""
+        f_BF = self.encode(z_BD)
         row_N, column_N = f_BF.nonzero(as_tuple=True)
-        return Code(z_hat_BD.float(), f_BF[row_N, column_N].float(), row_N, column_N)
+        return Code(self.decode(f_BF), f_BF[row_N, column_N], row_N, column_N)
+
+    def gpu_code(self, z_BD: Tensor) -> Code | DenseCode:
+        """The same without a look at how many features fire, for which the program would wait. In
+        bfloat16 where the GPU has it; weights stay float32."""
+        dtype = torch.bfloat16 if self.half else torch.float32
+        if not self.room:
+            return DenseCode(*DenseAutoencode.apply(z_BD, *self.parameters(), dtype))
+        from lab.kernels import ListedAutoencode, PaddedCode  # Triton is there with CUDA only
+        return PaddedCode(*ListedAutoencode.apply(z_BD, *self.parameters(), dtype, self.room))
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:
@@ -480,13 +479,13 @@ def max_cosine_loss(W_FD: Tensor, generator: torch.Generator, chunk: int = 8192)
 
     The nearest neighbour is found without a gradient; the loss is then one product a feature.
     """
-    order = torch.randperm(len(W_FD), generator=generator).to(W_FD.device)
+    order = to_device(torch.randperm(len(W_FD), generator=generator), W_FD.device)
     nearest = torch.empty_like(order)
     with torch.no_grad():
         for part in order.chunk(math.ceil(len(order) / chunk)):
             for rows in part.split(1024):
                 cosine = W_FD[rows] @ W_FD[part].T
-                cosine[rows[:, None] == part] = -math.inf
+                cosine.masked_fill_(rows[:, None] == part, -math.inf)
                 nearest[rows] = part[cosine.argmax(dim=1)]
     chosen_FD = W_FD.index_select(0, nearest)  # W_FD[nearest]'s gradient would add in any order
     return torch.linalg.vecdot(W_FD, chosen_FD).square().mean()
@@ -512,14 +511,6 @@ def use_loss(mean_KF: Tensor, running_KF: Tensor, share_F: Tensor | None = None)
     return value + linear - linear.detach()
 
 
-def domain_means(code: Code, domain_B: Tensor, count_K: Tensor, d_sae: int) -> Tensor:
-    """Mean activation of every feature on the tokens of each domain, [K, F]; of `count_K` tokens,
-    which may be more than are in `code`: the sum over the parts of a batch is the batch's mean."""
-    index = domain_B[code.row_N] * d_sae + code.column_N
-    total = torch.zeros(len(count_K) * d_sae, device=index.device).index_add(0, index, code.value_N)
-    return total.view(len(count_K), d_sae) / count_K.clamp(min=1)[:, None]
-
-
 # --- Trainer ------------------------------------------------------------------------------------
 
 
@@ -527,6 +518,8 @@ class Seen(NamedTuple):
     """What a batch showed of the features."""
 
     fired_F: Tensor  # bool, over the whole batch
+    l0: Tensor  # active features a token, over the whole batch
+    l1: Tensor  # E‖f‖₁, this process's part of it
     use_KF: Tensor  # mean activation by domain, this process's part of it
 
 
@@ -566,15 +559,15 @@ class CustomTrainer:
             # until features are grouped nobody knows what must not be shared
             **{name: torch.full((sae.d_sae // config.group_size,), config.share_max)
                for name in Sharing._fields},
+            "log_sparsity": torch.tensor(math.log(config.sparsity_penalty), dtype=torch.float64),
+            "l0": torch.tensor(2.0 * config.target_l0, dtype=torch.float64),  # running
             "l_dir": torch.zeros(()),
             "pull_FD": torch.zeros(0),  # gradient of L_dir when it was last computed
         }
         self.device = sae.W_dec.device
         self.state = {name: part.to(self.device) for name, part in state.items()}
         self.sketch = CoactivationSketch(sae.d_sae, config.sketch_size, self.device)
-        self.step_count = 0
-        self.log_sparsity = math.log(config.sparsity_penalty)
-        self.l0 = 2.0 * config.target_l0  # running
+        self.step_count, self.numbers = 0, Readings({})  # which the last step gave
         self.history: list[dict[str, Any]] = []
         self.kappa_random = random_condition_number(config.group_size, sae.d_in)
         self.direction_dtype = faster_dtype(self.device)
@@ -585,42 +578,52 @@ class CustomTrainer:
         return {**dataclasses.asdict(self.row), "alpha": self.alpha, "d_in": self.sae.d_in,
                 "d_sae": self.sae.d_sae, "seed": self.seed}
 
-    def step(self, z_BD: Tensor, domain_B: Tensor) -> dict[str, float]:
+    def step(self, z_BD: Tensor, domain_B: Tensor) -> Readings:
         """One step on normalised activations [B, D] and their domain labels, both this process's
         share of the batch; returns the objective and its terms over the whole batch."""
-        alpha, ramp, sparsity = self.alpha, self.ramp(), math.exp(self.log_sparsity)
-        code = self.sae.sparse_code(z_BD) if self.is_sparse() else self.sae.dense_code(z_BD)
+        alpha, ramp, sparsity = self.alpha, self.ramp(), self.state["log_sparsity"].exp()
+        code = self.code(z_BD)
         seen = self.seen(code, domain_B)
         terms = self.terms(z_BD, code, seen)
-        loss = (terms.fit + sparsity * terms.l1
+        loss = (terms.fit + sparsity.float() * terms.l1
                 + alpha * ramp * (terms.l_dir + self.row.eta * terms.l_use))
         self.backward_(loss)
         self.optimizer_step_()
-        numbers = self.whole_batch(loss, terms, code)
-        numbers |= {"lambda": sparsity, "alpha": alpha, "ramp": ramp}
-        self.check_finite(numbers)
-        self.update_sparsity_(numbers["l0"])
+        self.numbers = Readings({
+            **self.whole_batch(loss, terms), "l0": seen.l0, "lambda": sparsity, "alpha": alpha,
+            "ramp": ramp, "lr": self.learning_rate()})
+        if self.device.type == "cpu":  # a GPU's are looked at where the program waits anyway
+            self.check_finite(self.numbers)
+        self.update_sparsity_(seen.l0)
         self.update_use_(seen)
         self.update_activity_(z_BD, code, seen)
         self.step_count += 1
         self.regroup_if_due_()
-        return numbers
+        return self.numbers
+
+    def code(self, z_BD: Tensor) -> Code | DenseCode:
+        if self.device.type == "cuda":
+            return self.sae.gpu_code(z_BD)
+        return self.sae.sparse_code(z_BD) if self.is_sparse() else self.sae.dense_code(z_BD)
 
     def is_sparse(self) -> bool:
-        return self.device.type == "cpu" and self.l0 < 0.1 * self.sae.d_sae
+        return bool(self.state["l0"] < 0.1 * self.sae.d_sae)
 
     def ramp(self) -> float:
         """0 to 1 over the first `ramp_fraction` of training: features form before they part."""
         return min(1.0, self.step_count / max(1, self.row.ramp_fraction * self.row.steps))
 
-    def seen(self, code: Code, domain_B: Tensor) -> Seen:
-        count_K = self.processes.sum_(torch.bincount(domain_B, minlength=self.n_domains))
-        count_F = self.processes.sum_(torch.bincount(code.column_N, minlength=self.sae.d_sae))
-        return Seen(count_F > 0, domain_means(code, domain_B, count_K, self.sae.d_sae))
+    def seen(self, code: Code | DenseCode, domain_B: Tensor) -> Seen:
+        n, K, F = len(domain_B) * self.processes.size, self.n_domains, self.sae.d_sae
+        is_KB = domain_B == torch.arange(K, device=self.device)[:, None]
+        count_K1 = self.processes.sum_(is_KB.sum(1, keepdim=True))
+        count_F = self.processes.sum_(code.counts(F))
+        total_KF, total = code.totals(domain_B, K, F)
+        return Seen(count_F > 0, count_F.sum() / n, total / n, total_KF / count_K1.clamp(min=1))
 
-    def terms(self, z_BD: Tensor, code: Code, seen: Seen) -> Terms:
+    def terms(self, z_BD: Tensor, code: Code | DenseCode, seen: Seen) -> Terms:
         n = len(z_BD) * self.processes.size
-        return Terms((z_BD - code.z_hat_BD).norm(dim=1).sum() / n, code.value_N.sum() / n,
+        return Terms((z_BD - code.z_hat_BD).norm(dim=1).sum() / n, seen.l1,
                      self.direction_term(seen.fired_F) / self.processes.size,
                      self.use_term(seen.use_KF))
 
@@ -681,33 +684,30 @@ class CustomTrainer:
         decay = min(1.0, (row.steps - t) / max(1.0, row.decay_fraction * row.steps))
         return row.learning_rate * warm * decay
 
-    def whole_batch(self, loss: Tensor, terms: Terms, code: Code) -> dict[str, float]:
-        """The objective, its terms and L0 as numbers, summed over processes."""
-        n = len(code.z_hat_BD) * self.processes.size
-        l0 = torch.full_like(loss, len(code.row_N) / n)
-        parts = torch.stack([part.detach() for part in (loss, *terms, l0)])
-        names, sums = ("loss", *Terms._fields, "l0"), self.processes.sum_(parts).tolist()
-        return dict(zip(names, sums, strict=True)) | {"lr": self.learning_rate()}
+    def whole_batch(self, loss: Tensor, terms: Terms) -> dict[str, Tensor]:
+        """The objective and its terms, summed over processes."""
+        parts = torch.stack([part.detach() for part in (loss, *terms)])
+        return dict(zip(("loss", *Terms._fields), self.processes.sum_(parts), strict=True))
 
-    def check_finite(self, terms: dict[str, float], odd: Iterable[str] = ()) -> None:
+    def check_finite(self, terms: Mapping[str, float], odd: Iterable[str] = ()) -> None:
         if (names := ", ".join(odd)) or not all(math.isfinite(value) for value in terms.values()):
             shown = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
             place = f"step {self.step_count}, seed {self.seed}"
             raise UserError(f"non-finite {names or 'loss'} at {place}: {shown}; "
                             "a smaller learning_rate or alpha may help")
 
-    def update_sparsity_(self, l0: float) -> None:
+    def update_sparsity_(self, l0: Tensor) -> None:
         """Move log λ so that the running L0 meets its target.
 
         Proportional to the relative excess and to its trend, so that it settles and does not
         swing; bounded, so that a burst of new features does not starve the old ones.
         """
-        before, self.l0 = self.l0, 0.9 * self.l0 + 0.1 * l0
-        excess = math.log(max(self.l0, 1e-3) / self.row.target_l0)
-        trend = math.log(max(self.l0, 1e-3) / max(before, 1e-3))
-        move = 0.02 * excess + 0.5 * trend
+        before, self.state["l0"] = self.state["l0"], 0.9 * self.state["l0"] + 0.1 * l0.double()
+        now = self.state["l0"].clamp(min=1e-3)
+        excess = (now / self.row.target_l0).log()
+        trend = (now / before.clamp(min=1e-3)).log()
         limit = self.row.sparsity_rate
-        self.log_sparsity += max(-limit, min(limit, move))
+        self.state["log_sparsity"] += (0.02 * excess + 0.5 * trend).clamp(-limit, limit)
 
     def update_use_(self, seen: Seen) -> None:
         """Running mean activations by domain."""
@@ -716,7 +716,7 @@ class CustomTrainer:
         self.state["use_weight"].mul_(self.USE_MEMORY).add_(1 - self.USE_MEMORY)
 
     @torch.no_grad()
-    def update_activity_(self, z_BD: Tensor, code: Code, seen: Seen) -> None:
+    def update_activity_(self, z_BD: Tensor, code: Code | DenseCode, seen: Seen) -> None:
         """Count silence, feed the co-activation sketch, and wake dead features when it is time."""
         row, t = self.row, self.step_count
         self.state["silent_F"].add_(1).masked_fill_(seen.fired_F, 0)
@@ -725,12 +725,13 @@ class CustomTrainer:
         if t % row.resample_every == 0 and 0 < t <= row.resample_fraction * row.steps:
             self.resample_(z_BD, code)
 
-    def resample_(self, z_BD: Tensor, code: Code) -> None:
+    def resample_(self, z_BD: Tensor, code: Code | DenseCode) -> None:
         """Point silent features at what tokens of large error still lack.
 
         Tokens are drawn with probability proportional to their squared error; the bias lets the
         new feature fire where a token has at least half of the drawn token's share of it.
         """
+        self.check_finite(self.numbers)
         dead = (self.state["silent_F"] >= self.row.resample_every).nonzero().squeeze(1)
         if not len(dead):
             return
@@ -773,6 +774,7 @@ class CustomTrainer:
 
         All modes do so, for the history's sake; only `adaptive` makes a difference of it.
         """
+        self.check_finite(self.numbers)
         row, use_KF, W_FD = self.row, self.running_use().cpu(), self.sae.W_dec.cpu()
         self.gather_sketch_()
         rows_FR = self.sketch.unit_rows().cpu()
@@ -798,8 +800,9 @@ class CustomTrainer:
             if self.processes.rank:
                 part.zero_()
 
-    def note(self, values: dict[str, float]) -> None:
+    def note(self, values: Mapping[str, float]) -> None:
         """A line of the training curves."""
+        self.check_finite(values)
         place = {"seed": self.seed, "step": self.step_count,
                  "tokens": self.step_count * self.row.batch_size}
         self.history.append({**place, **values})
@@ -815,8 +818,7 @@ class CustomTrainer:
                     self.optimizer.state_dict()["state"].items() for name, part in moments.items()}
         tensors |= {f"state.{name}": part for name, part in self.state.items()}
         tensors |= {f"sketch.{name}": part for name, part in vars(self.sketch).items()}
-        note = {"step_count": self.step_count, "log_sparsity": self.log_sparsity, "l0": self.l0,
-                "alpha": self.alpha, "history": self.history}
+        note = {"step_count": self.step_count, "alpha": self.alpha, "history": self.history}
         return tensors, note
 
     @torch.no_grad()
@@ -841,7 +843,7 @@ class CustomTrainer:
 def new_trainer(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int,
                 processes: Processes) -> CustomTrainer:
     """An SAE before its first step, the same in all processes."""
-    d_in, device = buffer.acts_ND.shape[1], processes.device
+    d_in, device = buffer.d_in, processes.device
     sae = CustomSAE(d_in, config.expansion * d_in, randomness("weights", seed))
     z_BD, _ = buffer.batch(seed, 0, config.batch_size, config.forget_share)
     sae.initialize_biases_(z_BD, 2 * config.target_l0)
@@ -857,9 +859,11 @@ def new_trainer(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int,
 def training_key(config: CustomSAEConfig, substrate: Substrate, buffer: ActivationBuffer) -> str:
     """What a trained SAE depends on beside its seed: settings, activations, code."""
     settings = {name: value for name, value in dataclasses.asdict(config).items()
-                if name not in ("purpose", "first_seed", "n_seeds", "checkpoint_every")}
+                if name not in ("purpose", "first_seed", "n_seeds", "checkpoint_every",
+                                "buffer_gigabytes")}
     code = code_digest(train_sae, ActivationBuffer, Substrate, values=(CustomSAEConfig,))
-    return digest(settings, substrate.causes, substrate.learn.checksum(), buffer.scale, code)
+    return digest(settings, substrate.causes, substrate.learn.checksum(), buffer.scale,
+                  buffer.layout, code)
 
 
 def train_sae(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int, checkpoint: Path,
@@ -873,8 +877,8 @@ def train_sae(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int, chec
         raise UserError(f"processes see different checkpoints in {checkpoint.parent}; all of them "
                         "must see the same SAE_CACHE_DIR")
     share, device = processes.share(config.batch_size), processes.device
-    bar = Progress(f"training, seed {seed}", config.steps, trainer.step_count)
-    with interrupts.deferred(), bar:
+    bar = Progress(f"training, seed {seed}", config.steps, trainer.step_count, foretold=True)
+    with interrupts.deferred(), bar, buffer:
         while (step := trainer.step_count) < config.steps:
             z_BD, domain_B = buffer.batch(seed, step, config.batch_size, config.forget_share, share)
             numbers = trainer.step(z_BD.to(device), domain_B.to(device))
@@ -917,7 +921,7 @@ def run_experiment(out_dir: Path, interrupts: Interrupts, processes: Processes) 
             source.fetch()
         substrate = Substrate(source, SIZES[budget], cache, processes)
         with clock.phase("activations"):
-            buffer = ActivationBuffer.read(substrate)
+            buffer = ActivationBuffer.read(substrate, gigabytes=config.buffer_gigabytes)
         config.check_fits(source.d_in, len(buffer), processes.size)
         facts = {"run": folder.run, "seeds": config.seeds, "substrate": source.name,
                  "budget": budget, "model_name": source.model_name, "hook_name": hook_name(source),
@@ -930,8 +934,8 @@ def run_experiment(out_dir: Path, interrupts: Interrupts, processes: Processes) 
         resolved.pop("seed")
         if not processes.rank:
             folder.write_saes(source, resolved, saes)
-        evaluated = evaluate(saes, substrate, lambda domain: buffer.sample(
-            domain, substrate.sizes.frequency_tokens), clock)
+        evaluated = evaluate(saes, substrate, functools.cache(lambda domain: buffer.sample(
+            domain, substrate.sizes.frequency_tokens)), clock)
         if evaluated is None:
             return None
         histories = {seed: trainer.history for seed, trainer in trainers.items()}
@@ -960,40 +964,24 @@ def train_all(config: CustomSAEConfig, substrate: Substrate, buffer: ActivationB
 HELP = f"""the last part of --out_dir selects a row:
 {ROWS}
 
-environment variables:
-  SAE_SUBSTRATE  auto (default) | pythia | standin: language model and text
-  SAE_BUDGET     full (default) | smoke: the same code in about a minute
-  SAE_CACHE_DIR  where downloads, activations and checkpoints are kept (default .cache)
-  WANDB_MODE     online | offline | disabled (default: online if signed in, else offline)"""
+{ENVIRONMENT}"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # κ on an ASCII terminal
     parser = Parser("Train and evaluate sparse autoencoders with adaptive orthogonality.", HELP)
     parser.add_argument("--out_dir", type=Path, required=True, help="run folder, run_1 … run_10")
     out_dir = parser.parse_args(arguments).out_dir
     quiet_libraries()
     keep_freed_memory()
-    interrupts = Interrupts()
-    try:
-        interrupts.install()
+
+    def run(interrupts: Interrupts) -> None:
         info = run_experiment(out_dir, interrupts, Processes())
         if info:
             show([f"{info['run']} on {info['substrate']} ({info['budget']}), mean ± standard error "
                   f"of {len(info['seeds'])} seeds", *summary(info), f"written to {out_dir}"])
-        return 0
-    except Interrupts.Stop:
-        interrupts.waits = True  # a second signal must not cut the farewell short
-        report(f"stopped; `python experiment.py --out_dir={out_dir}` continues where this left off")
-        return 128 + interrupts.signal
-    except (UserError, SafetensorError) as error:  # transformers writes the unpacked model itself
-        report_error(str(error))
-    except OSError as error:
-        report_error(f"{error.strerror or error}: {error.filename or ''}")
-    return 1
+
+    return exit_code(run, f"`python experiment.py --out_dir={out_dir}`")
 
 
 if __name__ == "__main__":

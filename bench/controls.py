@@ -108,14 +108,17 @@ class Bench:
 
     def __init__(self, substrate: Substrate):
         self.substrate = substrate
-        self.buffer = ActivationBuffer.read(substrate)
+        self.buffer = ActivationBuffer.read(substrate, gigabytes=row("run_8").buffer_gigabytes)
 
     def sample(self, domain: int) -> Tensor:
         return self.buffer.sample(domain, self.substrate.sizes.frequency_tokens)
 
     def mislabelled(self) -> "Bench":
         bench = copy.copy(self)
-        bench.buffer = Mislabelled.read(self.substrate)
+        bench.buffer = Mislabelled.read(self.substrate,
+                                        gigabytes=row("run_8").buffer_gigabytes)
+        if not isinstance(bench.buffer, Mislabelled):
+            raise UserError("labels are moved in memory only; raise buffer_gigabytes")
         return bench
 
     def saes(self, config: CustomSAEConfig) -> dict[int, ExportedSAE]:

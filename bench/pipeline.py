@@ -138,7 +138,7 @@ def ours(request: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     trainer.regroup_()
     return {"seconds": seconds, "tokens": TOKENS, "activations": activations, "again": again,
-            "regroup": time.perf_counter() - start, "l0": trainer.l0,
+            "regroup": time.perf_counter() - start, "l0": float(trainer.state["l0"]),
             "finite": bool(torch.isfinite(trainer.sae.W_dec).all())}
 
 

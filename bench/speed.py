@@ -69,7 +69,7 @@ def trainer(mode: str, d_sae: int, screen: str | None = None) -> CustomTrainer:
     sae = CustomSAE(D, d_sae, randomness("bench", d_sae), screen)
     sae.initialize_biases_(BATCHES[0][0], ACTIVE)
     made = CustomTrainer(config, sae, 0)
-    made.l0 = ACTIVE
+    made.state["l0"].fill_(ACTIVE)
     made.step_count = PERIOD  # past the first grouping
     return made
 

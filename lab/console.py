@@ -13,6 +13,14 @@ from tqdm import tqdm
 
 IS_LEADER = os.environ.get("RANK", "") in ("", "0")  # under torchrun the first process speaks
 HEARTBEAT = 50.0  # seconds between two lines where there is no terminal: no minute is silent
+MEASURED = 20  # steps from which it is told how long all will take
+
+
+ENVIRONMENT = """environment variables:
+  SAE_SUBSTRATE  auto (default) | pythia | standin: language model and text
+  SAE_BUDGET     full (default) | smoke: the same code in about a minute | paper: for a GPU
+  SAE_CACHE_DIR  where downloads, activations and checkpoints are kept (default .cache)
+  WANDB_MODE     online | offline | disabled (default: online if signed in, else offline)"""
 
 
 class UserError(Exception):
@@ -46,6 +54,9 @@ class Parser(argparse.ArgumentParser):
     """A command line whose help is text as it was written, and ends quietly if nobody reads it."""
 
     def __init__(self, description: str, epilog: str):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # κ on an ASCII terminal
         super().__init__(description=description, epilog=epilog, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -75,9 +86,10 @@ class Progress:
 
     open: list["Progress"] = []  # the innermost last
 
-    def __init__(self, what: str, total: int | None = None, done: int = 0):
+    def __init__(self, what: str, total: int | None = None, done: int = 0, foretold: bool = False):
         self.what, self.total, self.done, self.first = what, total, done, done
-        self.start = time.monotonic()
+        self.start = self.second = time.monotonic()
+        self.foretold = foretold  # in one line, soon after the start, if it takes a minute or more
         quiet = not (total and IS_LEADER and at_terminal())  # a bar needs an end
         self.bar = tqdm(desc=what, total=total, initial=done, disable=quiet, leave=False)
 
@@ -92,6 +104,16 @@ class Progress:
     def advance(self) -> None:
         self.done += 1
         self.bar.update()
+        if self.done == self.first + 1:  # which takes longer than those that follow
+            self.second = time.monotonic()
+        if self.foretold and self.done == self.first + 1 + MEASURED:
+            self.foretell((time.monotonic() - self.second) / MEASURED)
+
+    def foretell(self, seconds: float) -> None:
+        left = self.total - self.done
+        if seconds * left > HEARTBEAT:
+            report(f"{self.what}: {left:,} steps are left, at {1 / seconds:.3g} a second: about "
+                   f"{duration(seconds * left)}")
 
     def show(self, **values: str) -> None:
         self.bar.set_postfix(values)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lab import console
@@ -165,6 +166,25 @@ class Interrupts:
             self.waits = False
         if self.signal:  # it came after the last look
             raise Interrupts.Stop
+
+
+def exit_code(run: Callable[[Interrupts], None], again: str) -> int:
+    """Of `run`: 0; 1 after an error that a user can mend, told in one line; 128 and the signal's
+    number after a signal, with a line that says that the command `again` continues."""
+    interrupts = Interrupts()
+    try:
+        interrupts.install()
+        run(interrupts)
+        return 0
+    except Interrupts.Stop:
+        interrupts.waits = True  # a second signal must not cut the farewell short
+        console.report(f"stopped; {again} continues where this left off")
+        return 128 + interrupts.signal
+    except (UserError, SafetensorError) as error:  # transformers writes the unpacked model itself
+        report_error(str(error))
+    except OSError as error:
+        report_error(f"{error.strerror or error}: {error.filename or ''}")
+    return 1
 
 
 def keep_freed_memory() -> None:

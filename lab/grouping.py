@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lab.sparse import Code
+from lab.device import to_device
+from lab.sparse import Code, DenseCode
 from lab.storage import randomness
 
 
@@ -26,16 +27,16 @@ class CoactivationSketch:
         self.fired_F = torch.zeros(d_sae, device=device)
         self.tokens = torch.zeros((), device=device)
 
-    def add_(self, code: Code, n_tokens: int, generator: torch.Generator,
+    def add_(self, code: Code | DenseCode, n_tokens: int, generator: torch.Generator,
              share: slice = slice(None)) -> None:
         """Add the `share` of a batch of `n_tokens` that went into `code`."""
-        R, device = self.sum_FR.shape[1], code.row_N.device
-        column_B = torch.randint(0, R, (n_tokens,), generator=generator)[share].to(device)
-        sign_B = torch.randint(0, 2, (n_tokens,), generator=generator)[share].to(device) * 2.0 - 1
-        place_N = code.column_N * R + column_B[code.row_N]
-        self.sum_FR.view(-1).index_add_(0, place_N, sign_B[code.row_N])
+        drawn = (torch.randint(0, n, (n_tokens,), generator=generator)[share]
+                 for n in (self.sum_FR.shape[1], 2))
+        column_B, coin_B = (to_device(part, self.sum_FR.device) for part in drawn)
+        sign_B = coin_B * 2.0 - 1
+        code.add_signs_(self.sum_FR, column_B, sign_B)
         self.signs_R.index_add_(0, column_B, sign_B)
-        self.fired_F += torch.bincount(code.column_N, minlength=len(self.fired_F))
+        self.fired_F += code.counts(len(self.fired_F))
         self.tokens += len(sign_B)
 
     def forget_(self, features: Tensor) -> None:

@@ -18,6 +18,44 @@ class Code(NamedTuple):
     row_N: Tensor  # token
     column_N: Tensor  # feature
 
+    def counts(self, d_sae: int) -> Tensor:
+        """On how many tokens each feature fires, [F]."""
+        return torch.bincount(self.column_N, minlength=d_sae)
+
+    def totals(self, domain_B: Tensor, n_domains: int, d_sae: int) -> tuple[Tensor, Tensor]:
+        """Sums of the activations: by domain and feature [K, F], and of all []."""
+        index_N = domain_B[self.row_N] * d_sae + self.column_N
+        total = torch.zeros(n_domains * d_sae, device=index_N.device)
+        total = total.index_add(0, index_N, self.value_N)
+        return total.view(n_domains, d_sae), self.value_N.sum()
+
+    def add_signs_(self, sum_FR: Tensor, column_B: Tensor, sign_B: Tensor) -> None:
+        """Add each token's sign, in its column, to the rows of the features that fire on it."""
+        place_N = self.column_N * sum_FR.shape[1] + column_B[self.row_N]
+        sum_FR.view(-1).index_add_(0, place_N, sign_B[self.row_N])
+
+
+class DenseCode(NamedTuple):
+    """The same with all activations [B, F]: how many are above zero need not be known, for which a
+    program would wait for its GPU. Sums are products with what the tokens are."""
+
+    z_hat_BD: Tensor
+    f_BF: Tensor
+    fires_BF: Tensor  # 1 where an activation is above zero, else 0
+
+    def counts(self, d_sae: int) -> Tensor:
+        return self.fires_BF.sum(0, dtype=torch.float32).long()
+
+    def totals(self, domain_B: Tensor, n_domains: int, d_sae: int) -> tuple[Tensor, Tensor]:
+        is_KB = domain_B == torch.arange(n_domains, device=domain_B.device)[:, None]
+        total_KF = (is_KB.to(self.f_BF.dtype) @ self.f_BF).float()
+        return total_KF, total_KF.sum()
+
+    def add_signs_(self, sum_FR: Tensor, column_B: Tensor, sign_B: Tensor) -> None:
+        """Its products are exact: sums of ones, fewer than a half precision number counts."""
+        is_BR = column_B[:, None] == torch.arange(sum_FR.shape[1], device=column_B.device)
+        sum_FR += self.fires_BF.T @ (is_BR * sign_B[:, None]).to(self.fires_BF.dtype)
+
 
 @dataclass(frozen=True)
 class ExportedSAE:
@@ -98,6 +136,40 @@ class SparseAutoencode(torch.autograd.Function):
         grad_W_enc_FD = sparse_product(start_F, row_N, grad_N, centred_BD)
         one_B1 = torch.ones_like(centred_BD[:, :1])
         grad_b_enc_F = sparse_product(start_F, row_N, grad_N, one_B1).squeeze(1)
+        grad_b_dec_D = grad_z_hat_BD.sum(0) - grad_b_enc_F @ W_enc_FD
+        return None, grad_W_enc_FD, grad_b_enc_F, grad_W_dec_FD, grad_b_dec_D, None
+
+
+class DenseAutoencode(torch.autograd.Function):
+    """z → (ẑ, f [B, F], where f > 0) by five products of `dtype`, which is f's too; all else is
+    float32.
+
+    Same mathematics as `SparseAutoencode`. One product less than by autograd, which would find
+    b_dec's gradient by that of every token. On a GPU five readings of f take as long as a product
+    at D = 512, so there are few: ReLU is a part of the first product, the sum of f's two
+    gradients one of the fourth.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor,
+                b_dec_D: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        centred_BD, V_dec_FD = (z_BD - b_dec_D).to(dtype), W_dec_FD.to(dtype)
+        f_BF = torch._addmm_activation(b_enc_F.to(dtype), centred_BD, W_enc_FD.to(dtype).T)
+        fires_BF = f_BF.sign()
+        ctx.save_for_backward(centred_BD, W_enc_FD, V_dec_FD, f_BF)
+        ctx.mark_non_differentiable(fires_BF)
+        return (f_BF @ V_dec_FD).float() + b_dec_D, f_BF, fires_BF
+
+    @staticmethod
+    def backward(ctx: Any, grad_z_hat_BD: Tensor, grad_f_BF: Tensor,
+                 *_: Any) -> tuple[Tensor | None, ...]:
+        centred_BD, W_enc_FD, V_dec_FD, f_BF = ctx.saved_tensors
+        grad_BD = grad_z_hat_BD.to(f_BF.dtype)
+        grad_BF = torch.addmm(grad_f_BF, grad_BD, V_dec_FD.T)
+        grad_BF = torch.ops.aten.threshold_backward(grad_BF, f_BF, 0)
+        grad_W_enc_FD, grad_W_dec_FD = ((part_BF.T @ part_BD).float() for part_BF, part_BD in (
+            (grad_BF, centred_BD), (f_BF, grad_BD)))
+        grad_b_enc_F = grad_BF.sum(0, dtype=torch.float32)
         grad_b_dec_D = grad_z_hat_BD.sum(0) - grad_b_enc_F @ W_enc_FD
         return None, grad_W_enc_FD, grad_b_enc_F, grad_W_dec_FD, grad_b_dec_D, None
 

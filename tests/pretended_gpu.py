@@ -1,8 +1,9 @@
 """A GPU for tests: tensors that say they are on "cuda:0", with their numbers in ordinary memory.
 
 What a real one refuses is refused here: a product of tensors on two devices, a CPU generator for
-numbers made on the GPU, a GPU tensor handed to numpy. What it computes, with which precision and
-how fast, is not imitated.
+numbers made on the GPU, a GPU tensor handed to numpy. What a program would wait for until a real
+one has computed all that came before is counted. What it computes, with which precision and how
+fast, is not imitated.
 """
 
 import contextlib
@@ -16,6 +17,26 @@ from torch.utils._pytree import tree_leaves, tree_map
 GPU = torch.device("cuda", 0)
 # may take a tensor from another device; indices may be on the CPU
 CROSSING = {"aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put_"}
+# the shape of the result, or the result itself, is a number that the program must know
+WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::bincount",
+           "aten::equal", "aten::is_nonzero", "aten::repeat_interleave", "aten::_unique",
+           "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::allclose"}
+
+
+class PretendedStream:
+    """Knows for which others it waits."""
+
+    def __init__(self, *_: Any):
+        self.waits_for: list[PretendedStream] = []
+
+    def wait_stream(self, other: "PretendedStream") -> None:
+        self.waits_for.append(other)
+
+
+def pinned(part: torch.Tensor) -> torch.Tensor:
+    part = part.clone()
+    part.is_page_locked = True
+    return part
 
 
 class OnGPU(torch.Tensor):
@@ -40,7 +61,10 @@ class OnGPU(torch.Tensor):
     __array__ = numpy
 
     def tolist(self) -> Any:
-        return self.held.tolist()
+        return self.cpu().tolist()
+
+    def record_stream(self, stream: PretendedStream) -> None:
+        pass
 
     @classmethod
     def __torch_dispatch__(cls, op: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
@@ -49,11 +73,13 @@ class OnGPU(torch.Tensor):
 
 class PretendedGPU(TorchDispatchMode):
     """While it is entered, what is moved to `GPU` or made there is an `OnGPU`; `ran` counts the
-    operations on such tensors by name."""
+    operations on such tensors by name, `waited` lists those for which a program waits."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ran: dict[str, int] = {}
+        self.waited: list[str] = []
+        self.stream = PretendedStream()
         self.has_bfloat16 = False
         self.patches = contextlib.ExitStack()
 
@@ -69,6 +95,10 @@ class PretendedGPU(TorchDispatchMode):
             (torch.cuda, "_lazy_init", lambda: None),
             (torch.cuda, "is_available", lambda: True),
             (torch.cuda, "device_count", lambda: 1),
+            (torch.cuda, "Stream", PretendedStream),
+            (torch.cuda, "stream", contextlib.nullcontext),
+            (torch.cuda, "current_stream", lambda _: self.stream),
+            (torch.Tensor, "pin_memory", pinned),
             (torch.cuda, "is_bf16_supported", lambda *_: self.has_bfloat16),
         ):
             self.patches.enter_context(mock.patch.object(owner, name, value))
@@ -82,7 +112,23 @@ class PretendedGPU(TorchDispatchMode):
         result = run(op, args, kwargs or {})
         if any(isinstance(part, OnGPU) for part in tree_leaves((args, kwargs, result))):
             self.ran[op._schema.name] = self.ran.get(op._schema.name, 0) + 1
+            if is_waited_for(op._schema.name, args, kwargs or {}, result):
+                self.waited.append(op._schema.name)
         return result
+
+
+def is_waited_for(name: str, args: tuple, kwargs: dict[str, Any], result: Any) -> bool:
+    """Whether a program stands still at this operation until the GPU has come to it."""
+    if name in ("aten::_to_copy", "aten::copy_"):
+        source = args[1] if name == "aten::copy_" else args[0]
+        if isinstance(source, OnGPU) and isinstance(result, OnGPU):
+            return False
+        free = kwargs.get("non_blocking") or (name == "aten::copy_" and args[2:] == (True,))
+        return not (free and hasattr(source, "is_page_locked"))
+    if name in ("aten::index", "aten::index_put_"):
+        return any(index is not None and (index.dtype in (torch.bool, torch.uint8)
+                                          or not isinstance(index, OnGPU)) for index in args[1])
+    return name in WAITING
 
 
 def run(op: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

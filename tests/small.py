@@ -6,7 +6,7 @@ FOLDER is what `local_hub` made. At the CALL-th call of the function OF (such as
 `experiment.CustomTrainer.step`, in the module that uses it) EVENT happens: a signal by its name, or
 `vanish`, which removes the cache. OF may be `never`, or `write:PART`: then the calls are writes of
 files with PART in their path, and EVENT happens in the middle of one. Under torchrun it happens to
-the process SMALL_RANK.
+the process SMALL_RANK. SMALL_ROW, in JSON, changes the row.
 """
 
 import functools
@@ -129,7 +129,7 @@ def prepare(folder, patch=setattr):
         (Pythia, "d_in", WIDTH),
         (Pythia, "check", lambda self: None),
         (Pythia, "fetch", lambda self: None),
-        (ex, "BUDGETS", {"smoke": TINY}),
+        (ex, "BUDGETS", {"smoke": {**TINY, **json.loads(os.environ.get("SMALL_ROW", "{}"))}}),
         (ex, "SIZES", {"smoke": TINY_SIZES}),
         (unlearning, "MULTIPLIERS", (2.0, 8.0)),
         (unlearning, "THRESHOLDS", (0.01, 0.9)),

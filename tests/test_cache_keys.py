@@ -121,7 +121,7 @@ READ = {"activations", "contexts-ask", "contexts-learn", "sink-norm", "heldout",
     ("experiment.py", "total = total - (weight_F * square_F.square()).sum()",
      "total = total - (weight_F * square_F).sum()", {"training"}),
     ("experiment.py", "USE_MEMORY = 0.98", "USE_MEMORY = 0.99", {"training"}),
-    ("experiment.py", "keep = substrate.is_plain(x_NTD).cpu()",
+    ("lab/shards.py", "keep = substrate.is_plain(x_NTD).cpu()",
      "keep = substrate.is_plain(2 * x_NTD).cpu()", {"activations", "training"}),
     # of an evaluation
     ("lab/evaluations/unlearning.py", "SET_SIZES = (10, 20, ", "SET_SIZES = (10, 30, ",

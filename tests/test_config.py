@@ -143,7 +143,7 @@ def test_a_misspelt_field_is_one_line(main):
 def test_an_unknown_budget_is_one_line_also_where_no_sizes_of_text_are_given(main, monkeypatch):
     monkeypatch.setenv("SAE_BUDGET", "huge")
     for _ in range(2):
-        assert main() == ["error: SAE_BUDGET='huge' is unknown; use one of full, smoke"]
+        assert main() == ["error: SAE_BUDGET='huge' is unknown; use one of full, smoke, paper"]
         monkeypatch.setitem(BUDGETS, "huge", {})
 
 

@@ -100,6 +100,22 @@ def test_what_a_continued_run_finds_done_does_not_make_the_rest_look_fast(monkey
     assert work.line() == "training: 91 of 100 after 1 min 0 s, about 9 min 0 s left"
 
 
+@pytest.mark.parametrize(("done", "seconds", "told"), [
+    (0, 0.5, ["training: 24,979 steps are left, at 2 a second: about 3 h 28 min"]),
+    (24_000, 0.5, ["training: 979 steps are left, at 2 a second: about 8 min 10 s"]),
+    (0, 0.0018, []), (24_990, 60, [])], ids=["new", "continued", "short", "nearly done"])
+def test_how_long_training_takes_is_told_once_from_the_rate_of_its_first_steps(
+        monkeypatch, capsys, done, seconds, told):
+    now = 100.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    work = Progress("training", 25_000, done, foretold=True)
+    now += 100  # the first step, which fills the window
+    for _ in range(min(60, 25_000 - done)):
+        work.advance()
+        now += seconds
+    assert capsys.readouterr().err.splitlines() == told
+
+
 def test_a_failed_piece_of_work_is_not_what_the_log_speaks_of_next(log):
     clock = Clock()
     with contextlib.suppress(ZeroDivisionError), clock.phase("activations"):

@@ -17,8 +17,10 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
 FLOORS = (  # from the top; who stands on one imports what stands lower
     ("experiment",),
     ("lab.evaluations", "lab.results"),
-    ("lab.grouping", "lab.sparse", "lab.language_model", "lab.substrates"),
-    ("lab.storage", "lab.distributed", "lab.console", "lab.code", "lab"),
+    ("lab.grouping", "lab.sparse", "lab.kernels", "lab.language_model", "lab.substrates",
+     "lab.shards"),
+    ("lab.storage", "lab.distributed", "lab.device", "lab.console", "lab.code",
+     "lab.settings", "lab"),
 )
 TOP_LEVEL = {
     "experiment.py", "plot.py", "notes.txt", "requirements.txt", "run_0", "README.md", "lab",

@@ -35,6 +35,21 @@ def test_killed_in_the_middle_of_writes_a_run_ends_with_the_same_bytes(
     assert contents(tmp_path / "run_1") == contents(whole / "run_1")
 
 
+def test_killed_while_its_activations_are_streamed_a_run_ends_with_the_same_bytes(
+        small_hub, tmp_path):
+    row = {"SMALL_ROW": '{"buffer_gigabytes": 0.001, "n_seeds": 1}'}  # of 0.0015 that there are
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    folder.mkdir()
+    assert child(small_hub, whole, **row).returncode == 0
+    for call, of in ((3, "write:activations/.forget"), (9, "experiment.StreamedBuffer.batch"),
+                     (2, "write:trained"), (8, "experiment.StreamedBuffer.batch")):
+        done = child(small_hub, folder, "SIGKILL", call, of, **row)
+        assert done.returncode == -signal.SIGKILL, of
+    assert child(small_hub, folder, **row).returncode == 0
+    assert contents(folder / "run_1") == contents(whole / "run_1")
+
+
 def test_signals_end_every_phase_with_one_line_and_nothing_is_lost(whole, job, tmp_path, capfd):
     phases = (
         ("lab.substrates.pythia.Pythia.corpus", "SIGTERM"),

@@ -6,12 +6,10 @@ from torch.autograd import gradcheck
 
 from experiment import (
     direction_loss,
-    domain_means,
     gram_encoder_loss,
     max_cosine_loss,
     use_loss,
 )
-from lab.sparse import Code
 from lab.storage import randomness
 
 
@@ -137,30 +135,6 @@ def test_use_loss_by_hand():
     mixed = torch.tensor([[1.0, 4, 0], [1, 0, 0]])
     assert float(use_loss(mixed, mixed)) == pytest.approx(1 / 3)
     assert float(use_loss(mixed, mixed, torch.tensor([0.5, 0, 0]))) == pytest.approx(1 / 6)
-
-
-def test_domain_means_are_those_of_dense_activations(generator):
-    f = torch.relu(torch.randn(20, 6, generator=generator))
-    row, column = f.nonzero(as_tuple=True)
-    domain = torch.randint(0, 3, (20,), generator=generator)
-    means = domain_means(Code(f, f[row, column], row, column), domain,
-                         torch.bincount(domain, minlength=3), 6)
-    for k in range(3):
-        torch.testing.assert_close(means[k], f[domain == k].mean(0))
-
-
-def test_domain_means_of_the_parts_of_a_batch_add_up_to_its_own(generator):
-    f = torch.relu(torch.randn(20, 6, generator=generator))
-    domain = torch.randint(0, 2, (20,), generator=generator)
-    count = torch.bincount(domain, minlength=3)  # no token of the third domain
-    parts = []
-    for share in (slice(0, 7), slice(7, 20)):
-        row, column = f[share].nonzero(as_tuple=True)
-        code = Code(f[share], f[share][row, column], row, column)
-        parts.append(domain_means(code, domain[share], count, 6))
-    for k in range(2):
-        torch.testing.assert_close(parts[0][k] + parts[1][k], f[domain == k].mean(0))
-    assert float(parts[0][2].abs().max()) == float(parts[1][2].abs().max()) == 0
 
 
 def test_max_cosine_gradient_has_the_same_bytes_however_threads_run(generator):

@@ -45,6 +45,18 @@ def test_two_processes_take_the_path_of_one(whole, two):
             torch.testing.assert_close(weights[1][name], part, rtol=1e-3, atol=1e-3)
 
 
+def test_two_processes_that_stream_take_the_path_of_one(small_hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("SMALL_ROW", '{"buffer_gigabytes": 0.001, "n_seeds": 1}')
+    for size in (1, 2):
+        (tmp_path / str(size)).mkdir()
+        done = torchrun(small_hub, tmp_path / str(size), size)
+        assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = history(tmp_path / "2"), history(tmp_path / "1")
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs):
+        assert one == pytest.approx(other, rel=2e-3, abs=1e-5), (one, other)
+
+
 def test_one_set_of_results_comes_from_two_processes(whole, two):
     ours, theirs = (json.loads((folder / "run_1/final_info.json").read_text())
                     for folder in (two[0], whole))

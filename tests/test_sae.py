@@ -66,21 +66,6 @@ def test_the_8_bit_screen_misses_nothing_and_lets_little_through(generator):
     assert torch.equal(row, row.sort().values)
 
 
-def test_products_in_bfloat16_keep_float32_weights_and_sums():
-    """As on a GPU; tokens that are on for one precision alone have activations near zero."""
-    sae, z = make()
-    exact, sae.half = sae.dense_code(z), True
-    rough = sae.dense_code(z)
-    assert {part.dtype for part in (rough.z_hat_BD, rough.value_N)} == {torch.float32}
-    assert not torch.equal(rough.z_hat_BD, exact.z_hat_BD)
-    torch.testing.assert_close(rough.z_hat_BD, exact.z_hat_BD, rtol=0, atol=0.02)
-    a, b = (torch.zeros(len(z), 96).index_put_((code.row_N, code.column_N), code.value_N.detach())
-            for code in (exact, rough))
-    torch.testing.assert_close(a, b, rtol=0, atol=0.02)
-    rough.z_hat_BD.square().sum().backward()
-    assert all(part.grad.dtype == torch.float32 for part in sae.parameters())
-
-
 def test_a_batch_on_which_nothing_fires_gives_defined_gradients():
     sae, z = make()
     with torch.no_grad():

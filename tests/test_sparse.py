@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from lab.sparse import (
+    Code,
+    DenseAutoencode,
+    DenseCode,
     ExportedSAE,
     SparseAutoencode,
     candidates,
@@ -98,6 +101,107 @@ def test_gradients_of_all_inputs_are_those_of_the_dense_equations(screen, genera
     for one, other in zip(sparse, dense):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert torch.equal(torch.stack([row, column]).T, (f > 0).nonzero())
+
+
+def plain(z, W_enc, b_enc, W_dec, b_dec):
+    """f = ReLU((z − b_dec) W_enc + b_enc), ẑ = f W_dec + b_dec."""
+    f = torch.relu((z - b_dec) @ W_enc.T + b_enc)
+    return f @ W_dec + b_dec, f
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_dense_products_have_the_gradients_of_the_equations(dtype, error, generator):
+    """Of all inputs, through reconstruction and activations, against those in float64. In bfloat16
+    a few entries are active for one precision alone."""
+    sae = random_sae(generator)
+    z = torch.randn(400, 24, generator=generator)
+    weights = [part.clone().requires_grad_() for part in (
+        sae.W_enc.T.contiguous(), sae.b_enc, sae.W_dec, sae.b_dec)]
+    exact = [part.detach().double().requires_grad_() for part in weights]
+    pull_BD, pull_BF = (torch.randn(400, n, generator=generator) for n in (24, 96))
+
+    def gradients(z_hat, f, weights):
+        loss = (pull_BD.to(z_hat.dtype) * z_hat).sum() + (pull_BF.to(f.dtype) * f).sum()
+        return torch.autograd.grad(loss, weights)
+
+    z_hat, f, fires = DenseAutoencode.apply(z, *weights, dtype)
+    assert torch.equal(fires, (f > 0).to(dtype))
+    expected = plain(z.double(), *exact)
+    assert (z_hat.dtype, f.dtype) == (torch.float32, dtype)
+    for one, other in zip((z_hat, f), expected):
+        torch.testing.assert_close(one.double(), other, rtol=error, atol=2 * error)
+    for one, other in zip(gradients(z_hat, f, weights), gradients(*expected, exact)):
+        assert one.dtype == torch.float32
+        assert float((one - other).norm() / other.norm()) < error
+
+
+def test_dense_products_pass_a_gradient_of_either_output_alone(generator):
+    sae = random_sae(generator)
+    weights = [part.clone().requires_grad_() for part in (
+        sae.W_enc.T.contiguous(), sae.b_enc, sae.W_dec, sae.b_dec)]
+    z = torch.randn(40, 24, generator=generator)
+    for of in (0, 1):
+        one, other = (torch.autograd.grad(outputs[of].sum(), weights, materialize_grads=True)
+                      for outputs in (DenseAutoencode.apply(z, *weights, torch.float32),
+                                      plain(z, *weights)))
+        for a, b in zip(one, other):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+# -- A batch's code, listed and dense ------------------------------------------------------------
+
+
+def listed(f):
+    row, column = f.nonzero(as_tuple=True)
+    return Code(f, f[row, column], row, column)
+
+
+def dense(f):
+    return DenseCode(f, f, f.sign())
+
+
+@pytest.fixture
+def activations(generator):
+    """[60, 40], a third of them above zero, one feature silent; and their domains, of three, of
+    which one has no token."""
+    f = torch.relu(torch.randn(60, 40, generator=generator) - 0.4)
+    f[:, 7] = 0
+    return f, torch.randint(0, 2, (60,), generator=generator) * 2
+
+
+@pytest.mark.parametrize("code", [listed, dense])
+def test_activations_are_summed_by_domain_and_in_all_and_with_their_gradient(code, activations):
+    f, domain = activations
+    f.requires_grad_()
+    total_KF, total = code(f).totals(domain, 3, 40)
+    for k in range(3):
+        torch.testing.assert_close(total_KF[k], f[domain == k].sum(0))
+    torch.testing.assert_close(total, f.sum())
+    slope_KF = torch.linspace(-1, 1, 120).view(3, 40)
+    gradient = torch.autograd.grad((slope_KF * total_KF).sum() + 2 * total, f)[0]
+    expected = (slope_KF[domain] + 2) * (f > 0 if code is listed else 1)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("code", [listed, dense])
+def test_features_are_counted_where_they_fire(code, activations):
+    f, _ = activations
+    counts = code(f).counts(40)
+    assert counts.dtype == torch.int64
+    assert torch.equal(counts, (f > 0).sum(0))
+    assert int(counts[7]) == 0
+
+
+@pytest.mark.parametrize("code", [listed, dense, lambda f: dense(f.bfloat16())])
+def test_each_token_adds_its_sign_to_its_column_of_what_fires_on_it(code, activations, generator):
+    f, _ = activations
+    column = torch.randint(0, 5, (60,), generator=generator)
+    sign = torch.randint(0, 2, (60,), generator=generator) * 2.0 - 1
+    sums = torch.full((40, 5), 0.5)
+    code(f).add_signs_(sums, column, sign)
+    for r in range(5):
+        expected = ((f > 0) * sign[:, None])[column == r].sum(0) + 0.5
+        assert torch.equal(sums[:, r], expected)
 
 
 # -- The exported SAE ----------------------------------------------------------------------------

@@ -209,7 +209,7 @@ def plain_loss(parts, trainer, z, domain):
     W_enc, b_enc, W_dec, b_dec = (parts[name] for name in ("W_enc_FD", "b_enc", "W_dec", "b_dec"))
     f = torch.relu((z - b_dec) @ W_enc.T + b_enc)
     loss = (z - f @ W_dec - b_dec).norm(dim=1).mean()
-    loss = loss + math.exp(trainer.log_sparsity) * f.sum(1).mean()
+    loss = loss + trainer.state["log_sparsity"].exp() * f.sum(1).mean()
     row = trainer.row
     if row.orthogonality == "off":
         return loss
@@ -235,7 +235,8 @@ def test_a_steps_gradients_equal_the_plain_dense_float64_ones(small_config, mode
     with torch.no_grad():
         sae.b_enc.add_(1e-3)  # or a token of each feature is active by rounding alone
         sae.b_enc[:9] = -10.0
-    trainer.step_count, trainer.l0, trainer.direction_dtype = 560, 12.0, precision
+    trainer.step_count, trainer.direction_dtype = 560, precision
+    trainer.state["l0"].fill_(12.0)
     trainer.state["groups_GM"] = torch.randperm(128, generator=randomness("groups")).view(16, 8)
     trainer.state["direction_G"] = torch.linspace(-8, 0.9, 16)
     trainer.state["use_G"] = torch.linspace(1, 0, 16)
@@ -344,7 +345,7 @@ def test_the_controller_meets_the_target_sparsity(small_config, target):
     config = dataclasses.replace(small_config, orthogonality="off", alpha=0.0, steps=700,
                                  target_l0=target, resample_every=150)
     trainer, _ = run(config)
-    assert trainer.l0 == pytest.approx(target, rel=0.05)
+    assert trainer.state["l0"].item() == pytest.approx(target, rel=0.05)
 
 
 def test_the_sparsity_penalty_moves_by_a_bounded_step(small_config):
@@ -352,10 +353,10 @@ def test_the_sparsity_penalty_moves_by_a_bounded_step(small_config):
     rate, target = small_config.sparsity_rate, small_config.target_l0
     for l0, move in ((1e6, rate), (0.0, -rate), (target, 0.0)):
         trainer = new_trainer(small_config, planted_activations(256)[0])
-        trainer.l0 = target
-        before = trainer.log_sparsity
-        trainer.update_sparsity_(l0)
-        assert trainer.log_sparsity - before == pytest.approx(move)
+        trainer.state["l0"].fill_(target)
+        before = trainer.state["log_sparsity"].item()
+        trainer.update_sparsity_(torch.tensor(l0))
+        assert trainer.state["log_sparsity"].item() - before == pytest.approx(move)
 
 
 def test_the_learning_rate_warms_up_and_decays(small_config):

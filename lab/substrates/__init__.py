@@ -4,7 +4,8 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -98,6 +99,10 @@ class Substrate:
                *causes: Any) -> tuple[dict[str, Tensor], Any]:
         return self.cache.get(f"{self.name}/{name}", (*self.causes, *causes), build)
 
+    def cached_path(self, name: str, *causes: Any) -> Path:
+        """Where `cached` keeps a thing."""
+        return self.cache.path(f"{self.name}/{name}", *self.causes, *causes)
+
     @functools.cached_property
     def corpus(self) -> dict[str, Any]:
         """All text: by half and domain, questions, probing sets, and what could not be had."""
@@ -130,7 +135,7 @@ class Substrate:
         def build() -> tuple[dict[str, Tensor], Any]:
             parts, taken = [], 0
             for domain, name in enumerate(domains):
-                documents = self.lm.tokenize(self.corpus[half][name])
+                documents = self.tokenized(self.corpus[half][name])
                 rows = pack_contexts(documents, self.lm.separator, sizes.context_length)
                 order = torch.randperm(len(rows), generator=randomness("contexts", name))
                 order = order[: max(0, most[domain] - (taken if half == "learn" else 0))]
@@ -146,6 +151,12 @@ class Substrate:
                   code_digest(Substrate))
         kept = self.cached(f"contexts-{half}", build, *causes)[0]
         return Contexts(kept["tokens"], kept["domain"])
+
+    def tokenized(self, texts: list[str], at_once: int = 1024) -> Iterator[list[int]]:
+        """Tokens of each text, a few texts at a time: a tokenizer's answer takes many times the
+        memory of its tokens."""
+        for start in range(0, len(texts), at_once):
+            yield from self.lm.tokenize(texts[start : start + at_once])
 
     def texts(self) -> dict[str, Any]:
         """What of text enters results: where it comes from, and how much there is by domain."""

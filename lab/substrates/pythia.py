@@ -84,6 +84,7 @@ TEXT_MEGABYTES = {  # of what is read: whole files, or the first block or two of
     "cais/mmlu": 4,  # all, test
     "Salesforce/wikitext": 35,  # the beginning of train; test
 }
+WHOLE_MEGABYTES = {"cais/wmdp-corpora": 1_000, "Salesforce/wikitext": 310}  # the former estimated
 PROBE_MEGABYTES = {  # of what is read for full budget; for a smaller one, in proportion
     "LabHC/bias_in_bios": 90,  # train and test, whole (100 MB with its third split)
     "canrager/amazon_reviews_mcauley_1and5": 100,  # estimated
@@ -246,8 +247,10 @@ def report_download(what: str, size: float) -> None:
 def megabytes(sizes: Sizes) -> float:
     """About what is fetched for a corpus."""
     part = sizes.probe_train / SIZES["full"].probe_train
-    return sum(TEXT_MEGABYTES.values()) + sum(max(BLOCK, part * size)
-                                              for size in PROBE_MEGABYTES.values())
+    times = max(1, sizes.learn_tokens / SIZES["full"].learn_tokens)
+    return sum(min(WHOLE_MEGABYTES.get(path, size), times * size)
+               for path, size in TEXT_MEGABYTES.items()) + sum(
+        max(BLOCK, part * size) for size in PROBE_MEGABYTES.values())
 
 
 def statement(row: dict[str, Any]) -> str:

@@ -1,11 +1,13 @@
 """Texts: documents, domains, learn and ask halves, cloze questions."""
 
+import array
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,8 +34,12 @@ class Sizes:
     probe_test: int = 1000
 
 
+ALL = 10**9  # as many as there are
 SIZES = {
     "full": Sizes(),
+    "paper": Sizes(learn_tokens=ALL, frequency_tokens=1024 * 1024, heldout_contexts=200 * 16,
+                   frontier_contexts=160, frontier_length=128, guard_contexts=1024,
+                   question_candidates=ALL, questions=ALL),  # SAEBench's, where ours are smaller
     "smoke": Sizes(learn_tokens=30_000, frequency_tokens=8_000, heldout_contexts=24,
                    frontier_contexts=4, guard_contexts=8, question_candidates=16, questions=5,
                    least_questions=2, probe_train=80, probe_test=40),
@@ -81,17 +87,37 @@ def families(texts: Sequence[str]) -> list[str]:
             parent[i] = i = parent[parent[i]]
         return i
 
-    first: dict[Any, int] = {}
+    first: dict[str, int] = {}
     for i, text in enumerate(plain):
-        words = text.split()
-        marks = [text[:OPENING], *(hash(tuple(words[at : at + PASSAGE]))
-                                   for at in range(len(words) - PASSAGE + 1))]
-        for mark in marks:
-            parent[head(i)] = head(first.setdefault(mark, i))
+        parent[head(i)] = head(first.setdefault(text[:OPENING], i))
+    for i, j in sharing_passages(plain):
+        parent[head(i)] = head(j)
     names: dict[int, str] = {}
     for i, text in enumerate(plain):
         names[head(i)] = min(text, names.get(head(i), text))
     return [names[head(i)] for i in range(len(plain))]
+
+
+def sharing_passages(plain: Sequence[str], bins: int = 16) -> Iterator[tuple[int, int]]:
+    """Pairs of normalised texts with a passage in common, enough to link all that share one.
+
+    A passage is a number of 64 bits made of its words' hashes. All of them are sorted, a part at a
+    time, which takes 12 bytes a word and a dictionary ten times as much.
+    """
+    weights = np.cumprod(np.full(PASSAGE, 0x9E3779B97F4A7C15, dtype=np.uint64))  # wraps around
+    marks, owners = [np.zeros(0, dtype=np.uint64)], [np.zeros(0, dtype=np.int32)]
+    for i, text in enumerate(plain):
+        words = np.array([hash(word) for word in text.split()], dtype=np.int64).view(np.uint64)
+        if len(words) >= PASSAGE:
+            marks.append(np.convolve(words, weights, "valid"))
+            owners.append(np.full(len(marks[-1]), i, dtype=np.int32))
+    mark_W, owner_W = np.concatenate(marks), np.concatenate(owners)
+    for part in range(bins):
+        chosen = np.flatnonzero(mark_W % np.uint64(bins) == part)
+        chosen = chosen[np.argsort(mark_W[chosen])]
+        same = np.flatnonzero(mark_W[chosen[1:]] == mark_W[chosen[:-1]])
+        pairs = np.stack([owner_W[chosen[same]], owner_W[chosen[same + 1]]], axis=1)
+        yield from np.unique(pairs[pairs[:, 0] != pairs[:, 1]], axis=0).tolist()
 
 
 def hash_fraction(name: str, purpose: str) -> float:
@@ -218,8 +244,11 @@ def is_about_options(option: str) -> bool:
     return ABOUT_OPTIONS.match(normalised(option)) is not None
 
 
-def pack_contexts(documents: list[list[int]], separator: int, length: int) -> Tensor:
+def pack_contexts(documents: Iterable[list[int]], separator: int, length: int) -> Tensor:
     """Documents joined by separators and cut into contexts [n, length], nothing padded."""
-    stream = [token for document in documents for token in (separator, *document)]
+    stream = array.array("i")
+    for document in documents:
+        stream.append(separator)
+        stream.extend(document)
     n = len(stream) // length
-    return torch.tensor(stream[: n * length], dtype=torch.int32).view(n, length)
+    return torch.from_numpy(np.array(stream[: n * length], dtype=np.int32)).view(n, length)
