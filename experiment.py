@@ -881,7 +881,7 @@ def train_sae(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int, chec
     with interrupts.deferred(), bar, buffer:
         while (step := trainer.step_count) < config.steps:
             z_BD, domain_B = buffer.batch(seed, step, config.batch_size, config.forget_share, share)
-            numbers = trainer.step(z_BD.to(device), domain_B.to(device))
+            numbers = trainer.step(to_device(z_BD, device), to_device(domain_B, device))
             bar.advance()
             if trainer.step_count % config.log_every == 0:
                 trainer.note(numbers)
