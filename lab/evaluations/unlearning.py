@@ -28,7 +28,7 @@ from lab.substrates.texts import FORGET, NAMED, RETAIN
 THRESHOLDS = (0.001, 0.01)  # largest firing frequency on retain text of what may be clamped
 SET_SIZES = (10, 20, 50, 100)  # features clamped
 OFFICIAL_MULTIPLIERS = (8.0, 32.0)  # under which all sets of SAEBench's sizes are asked
-MULTIPLIERS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # clamp value, in mean activations
+MULTIPLIERS = tuple(2.0**k for k in range(-1, 9))  # clamp value, in mean activations: 0.5 to 256
 START = 8.0  # the multiplier that is measured first
 NO_EFFECT = 0.02  # nats: where a static clamp costs less, no smaller multiplier is measured
 THIRDS = 3  # parts in which contexts that are to be kept are run
