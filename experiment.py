@@ -841,12 +841,14 @@ class CustomTrainer:
 
 
 def new_trainer(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int,
-                processes: Processes) -> CustomTrainer:
-    """An SAE before its first step, the same in all processes."""
+                processes: Processes, step: int = 0) -> CustomTrainer:
+    """An SAE before its first step, the same in all processes. What goes on from another `step`
+    has its state loaded later, and at the end needs no batch."""
     d_in, device = buffer.d_in, processes.device
     sae = CustomSAE(d_in, config.expansion * d_in, randomness("weights", seed))
-    z_BD, _ = buffer.batch(seed, 0, config.batch_size, config.forget_share)
-    sae.initialize_biases_(z_BD, 2 * config.target_l0)
+    if step < config.steps:
+        z_BD, _ = buffer.batch(seed, step, config.batch_size, config.forget_share)
+        sae.initialize_biases_(z_BD, 2 * config.target_l0)
     sae.half = device.type == "cuda" and faster_dtype(device) == torch.bfloat16
     for part in sae.to(device).state_dict().values():
         processes.same_(part)
@@ -870,12 +872,14 @@ def train_sae(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int, chec
               interrupts: Interrupts, tracker: Tracker | None,
               processes: Processes) -> CustomTrainer:
     """Train the SAE of one seed, continuing from `checkpoint` where there is one."""
-    trainer = new_trainer(config, buffer, seed, processes)
-    if (kept := read_tensors(checkpoint)) is not None:
-        trainer.load_state_dict(*kept)
-    if int(processes.sum_(torch.tensor(trainer.step_count))) != processes.size * trainer.step_count:
+    kept = read_tensors(checkpoint)
+    step = kept[1]["step_count"] if kept else 0
+    if int(processes.sum_(torch.tensor(step))) != processes.size * step:
         raise UserError(f"processes see different checkpoints in {checkpoint.parent}; all of them "
                         "must see the same SAE_CACHE_DIR")
+    trainer = new_trainer(config, buffer, seed, processes, step)
+    if kept:
+        trainer.load_state_dict(*kept)
     share, device = processes.share(config.batch_size), processes.device
     bar = Progress(f"training, seed {seed}", config.steps, trainer.step_count, foretold=True)
     with interrupts.deferred(), bar, buffer:

@@ -18,7 +18,7 @@ from lab import shards as shards_module
 from lab.console import UserError
 from lab.distributed import Interrupts, Processes
 from lab.language_model import LanguageModel
-from lab.shards import Reader, Shards, window_sizes
+from lab.shards import Reader, Shards, Stream, window_sizes
 from lab.substrates.texts import FORGET, RETAIN
 
 SHARD = 64  # tokens: four contexts
@@ -358,6 +358,13 @@ def test_a_streamed_training_that_is_stopped_and_continued_ends_with_the_same_bi
     assert note == other
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(part, theirs[name]) for name, part in ours.items())
+
+
+def test_a_training_that_is_done_reads_no_activations(tiny, train, monkeypatch):
+    weights = train(read(tiny), "done").sae.state_dict()
+    monkeypatch.setattr(Stream, "take", lambda *_: pytest.fail("activations were read"))
+    again_weights = train(read(again(tiny)), "done").sae.state_dict()
+    assert all(torch.equal(part, again_weights[name]) for name, part in weights.items())
 
 
 def test_memory_enters_the_key_of_what_is_trained_if_and_only_if_it_changes_the_batches(tiny):
