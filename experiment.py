@@ -31,7 +31,7 @@ try:
     # lab first: it keeps the text of what is loaded
     from lab.console import ENVIRONMENT, Clock, Parser, Progress, UserError, report, show
     from lab.device import Readings, to_device
-    from lab.distributed import Interrupts, Processes, exit_code, keep_freed_memory
+    from lab.distributed import Interrupts, Outcome, Processes, keep_freed_memory
     from lab.evaluations import evaluate
     from lab.grouping import (CoactivationSketch, GroupStatistics, group_features,
                               group_statistics, random_condition_number)
@@ -978,14 +978,13 @@ def main(arguments: list[str] | None = None) -> int:
     out_dir = parser.parse_args(arguments).out_dir
     quiet_libraries()
     keep_freed_memory()
-
-    def run(interrupts: Interrupts) -> None:
-        info = run_experiment(out_dir, interrupts, Processes())
+    with Outcome(f"`python experiment.py --out_dir={out_dir}`") as outcome:
+        outcome.interrupts.install()
+        info = run_experiment(out_dir, outcome.interrupts, Processes())
         if info:
             show([f"{info['run']} on {info['substrate']} ({info['budget']}), mean ± standard error "
                   f"of {len(info['seeds'])} seeds", *summary(info), f"written to {out_dir}"])
-
-    return exit_code(run, f"`python experiment.py --out_dir={out_dir}`")
+    return outcome.code
 
 
 if __name__ == "__main__":

@@ -168,23 +168,29 @@ class Interrupts:
             raise Interrupts.Stop
 
 
-def exit_code(run: Callable[[Interrupts], None], again: str) -> int:
-    """Of `run`: 0; 1 after an error that a user can mend, told in one line; 128 and the signal's
-    number after a signal, with a line that says that the command `again` continues."""
-    interrupts = Interrupts()
-    try:
-        interrupts.install()
-        run(interrupts)
-        return 0
-    except Interrupts.Stop:
-        interrupts.waits = True  # a second signal must not cut the farewell short
-        console.report(f"stopped; {again} continues where this left off")
-        return 128 + interrupts.signal
-    except (UserError, SafetensorError) as error:  # transformers writes the unpacked model itself
-        report_error(str(error))
-    except OSError as error:
-        report_error(f"{error.strerror or error}: {error.filename or ''}")
-    return 1
+class Outcome:
+    """How a block of the program ends, as the exit `code`: 0; 1 after an error that a user can
+    mend, told in one line; 128 and the signal's number after a signal, with a line that says that
+    the command `again` continues. Other errors pass, with their traceback."""
+
+    def __init__(self, again: str):
+        self.again, self.code, self.interrupts = again, 0, Interrupts()
+
+    def __enter__(self) -> "Outcome":
+        return self
+
+    def __exit__(self, _kind: Any, error: BaseException | None, _place: Any) -> bool:
+        if isinstance(error, Interrupts.Stop):
+            self.interrupts.waits = True  # a second signal must not cut the farewell short
+            console.report(f"stopped; {self.again} continues where this left off")
+            self.code = 128 + self.interrupts.signal
+        elif isinstance(error, UserError | SafetensorError):  # transformers writes the model itself
+            report_error(str(error))
+            self.code = 1
+        elif isinstance(error, OSError):
+            report_error(f"{error.strerror or error}: {error.filename or ''}")
+            self.code = 1
+        return bool(self.code)
 
 
 def keep_freed_memory() -> None:

@@ -372,7 +372,7 @@ def test_contexts_that_no_affordable_variant_clamps_are_not_run(knowing, monkeyp
     measured = Measurement(sae, knowing, chosen)
     assert all(int(run_R.sum()) <= 4 for run_R in runs)
     assert not np.isfinite(measured.rise_MR[:, (knowing.domain_R == FORGET).numpy()]).any()
-    assert len(runs) == 2 * 3  # two kinds, two, one and a half
+    assert len(runs) == 2 * (1 + MULTIPLIERS.index(START))  # two kinds: the first, and all below
 
 
 def test_limits_are_quantiles_of_shares_on_learn_retain_text_alone(knowing, monkeypatch):
