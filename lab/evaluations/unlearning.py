@@ -12,7 +12,6 @@ from lab.console import progress
 from lab.evaluations.heldout import HeldOut
 from lab.evaluations.prompt_trees import PromptTrees
 from lab.results.frontier import (
-    AREAS,
     COST_GRID,
     METRICS,
     RETAINED,
@@ -30,10 +29,11 @@ SET_SIZES = (10, 20, 50, 100)  # features clamped
 OFFICIAL_MULTIPLIERS = (8.0, 32.0)  # under which all sets of SAEBench's sizes are asked
 MULTIPLIERS = tuple(2.0**k for k in range(-1, 9))  # clamp value, in mean activations: 0.5 to 256
 START = 8.0  # the multiplier that is measured first
+ASKED_OF = ("unlearning_area", "unlearning_area_sae_bench")  # whose settings are asked
 NO_EFFECT = 0.02  # nats: where a static clamp costs less, no smaller multiplier is measured
 THIRDS = 3  # parts in which contexts that are to be kept are run
 QUANTILES = (0.5, 0.9, 0.99)  # of the share of tokens with a chosen feature, on learn retain text
-SPARE = 1.5  # times what the frontier affords: beyond it nothing more of a setting is measured
+SPARE = 1.1  # times what the frontier affords: beyond it nothing more of a setting is measured
 
 
 class FeatureStatistics(NamedTuple):
@@ -279,10 +279,11 @@ def kinds_of(heldout: HeldOut) -> dict[str, np.ndarray]:
 
 
 def worth_asking(part: dict[str, Any], sets: list[FeatureSet]) -> list[tuple[int, int, int]]:
-    """Settings that a frontier of texts uses, and SAEBench's; (set, multiplier, limit)."""
+    """Settings that the primary frontier or SAEBench's uses, and those that all sets of SAEBench's
+    sizes are asked under; (set, multiplier, limit)."""
     wanted = {(s, m, 0) for s, one in enumerate(sets) if one.n_features <= SAE_BENCH_SIZE
               for m, multiplier in enumerate(MULTIPLIERS) if multiplier in OFFICIAL_MULTIPLIERS}
-    for metric in (METRICS[name] for name in AREAS if has_texts(part)):
+    for metric in (METRICS[name] for name in ASKED_OF if has_texts(part)):
         labels, used_S = metric.variants(part).labels, metric.policy(part).any(0)
         wanted |= {labels[i] for i in used_S.nonzero()[0]}
     return sorted(wanted)
