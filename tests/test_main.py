@@ -87,8 +87,14 @@ def test_the_numbers_of_a_run_make_sense(study):
                if means[name] is not None)
     for seed in (0, 1):
         unlearning = info["unlearning"]["per_seed"][seed]
-        assert len(unlearning["settings"]) == 16
-        assert len(unlearning["control"]) == 2
+        kinds = ("forget", "retain", "news", "dictionary")
+        assert unlearning["contexts"] == dict.fromkeys(kinds, 4)
+        assert {one["n_features"] for one in unlearning["sets"]} >= {10, 20}
+        for settings in (unlearning["settings"], unlearning["control"]):
+            assert 8.0 in {one["multiplier"] for one in settings}
+            assert all(f"{kind}_ce_rise" in one for kind in kinds for one in settings)
+    assert info["yardstick"].keys() == {"mean_difference", "logistic_regression"}
+    assert info["environment"]["text"]["tokens"]["learn"].keys() == {*kinds}
 
 
 def test_training_curves_have_a_line_a_logged_step_and_seed(study):
@@ -279,7 +285,7 @@ def test_collapsed_runs_end_with_defined_numbers(job, monkeypatch, tmp_path, how
         assert means["l0"] == 2 * small.WIDTH
         assert means["forget_features"] == 0
     if how == "no question":
-        assert (means["unlearning_score"], unlearning["n_forget_questions"]) == (None, 0)
+        assert (means["unlearning_score"], unlearning["counts"]["forget"]["kept"]) == (None, 0)
     if how == "too few texts":
         assert means.get("sae_test_accuracy") is None
         assert list(info["skipped"])
