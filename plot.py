@@ -163,11 +163,6 @@ class Run:
         return [part for part in curves if part is not None] or [
             concave_envelope(*table.T, COSTS) for table in self.settings()]
 
-    def directions(self) -> dict[str, dict]:
-        """The yardstick: results of the directions that labels give without an SAE."""
-        parts = {name: dig(self.info, "yardstick", name) for name in DIRECTIONS}
-        return {name: part for name, part in parts.items() if isinstance(part, dict)}
-
     def kappas(self) -> list[np.ndarray]:
         """Condition numbers of all groups by seed; null means singular, and counts as infinite."""
         lists = [seed.get("kappa") for seed in dicts(self.info, "conditioning", "per_seed")]
@@ -248,6 +243,12 @@ def comparable(*runs: Run) -> bool:
     return not any(differences(runs[0].info, run.info) for run in runs)
 
 
+def yardstick(runs: list[Run]) -> dict[str, dict]:
+    """Results of the directions that labels give without an SAE, if the same for all runs."""
+    found = [(name, dig(run.info, "yardstick", name)) for run in runs[:1] for name in DIRECTIONS]
+    return {name: part for name, part in found if isinstance(part, dict) and comparable(*runs)}
+
+
 def incomparable(runs: list[Run]) -> list[str]:
     """Which runs may not be compared with the newest one, a line for all that differ alike."""
     newest = max(runs, key=lambda run: np.nan_to_num(number(run.info.get("datetime_epoch_millis"))))
@@ -291,7 +292,7 @@ def table_rows(runs: list[Run]) -> list[list[str]]:
              *(area_gain(run, base)[3] for base in bases),
              *(show(run.metric(key)[0], METRICS[key][1]) for key in TABLE)] for run in runs] + [
         [f"labels alone: {DIRECTIONS[name]}", show(number(part.get("unlearning_area")))]
-        for name, part in (runs[0].directions() if comparable(*runs) else {}).items()]
+        for name, part in yardstick(runs).items()]
 
 
 def curve(run: Run, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -355,10 +356,9 @@ def metric_panel(ax: Axes, runs: list[Run], key: str) -> None:
     ax.set(yticks=range(len(runs)), yticklabels=[run.label for run in runs],
            ylim=(max(len(runs), 4) - 0.5, -0.5))
     ax.label_outer()
-    if comparable(*runs):
-        for name, part in runs[0].directions().items():
-            if math.isfinite(value := number(part.get(key))):
-                ax.axvline(value, linestyle=DASHES[name], **REFERENCE)
+    for name, part in yardstick(runs).items():
+        if math.isfinite(value := number(part.get(key))):
+            ax.axvline(value, linestyle=DASHES[name], **REFERENCE)
     if base and comparable(*runs):
         ax.axvline(0 if key == "area_gain" else base.metric(key)[0], linestyle=":", **REFERENCE)
 
@@ -376,7 +376,7 @@ def frontier_panel(ax: Axes, runs: list[Run], title: str, detailed: bool) -> Non
                 dots(tables, marker=".", color=LOOKS[run.name]["color"], alpha=0.3)
     if detailed and (control := [part for run in runs for part in run.settings("control")]):
         dots(control, marker="x", color=INK, label="random features of\nequal frequency")
-    for name, part in (runs[0].directions() if runs and comparable(*runs) else {}).items():
+    for name, part in yardstick(runs).items():
         if (rises := frontier(part)) is not None:
             ax.plot(COSTS, rises, linestyle=DASHES[name], **REFERENCE,
                     label=f"labels alone:\n{DIRECTIONS[name]}")
@@ -424,7 +424,7 @@ def explain(fig: Figure, runs: list[Run]) -> Figure:
     """Below a figure, what a reader must know of its terms and to compare the runs."""
     panels = " ".join(ax.get_title(loc="left") + ax.get_ylabel() for ax in fig.axes)
     terms = " ".join(text for term, text in TERMS.items() if re.search(term, panels))
-    if runs[0].directions() and re.search("nlearning|area", panels):
+    if yardstick(runs) and re.search("nlearning|area", panels):
         terms += " Labels alone: one direction that labels give without an SAE, clamped alike."
     (substrate, budget), counts = runs[0].study, [len(run.by_seed("seed")) for run in runs]
     seeds = "-".join(map(str, sorted({min(counts), max(counts)})))

@@ -731,6 +731,7 @@ def test_no_yardstick_stands_for_runs_that_were_measured_otherwise(tmp_path):
         changes = {"yardstick": {"mean_difference": {"unlearning_area": 0.6}},
                    "environment": {"evaluation_code": code}}
         edit(tmp_path, name, lambda info, changes=changes: info.update(changes))
+    assert plot.table_rows([]) == []
     assert [row[0] for row in plot.table_rows(read(tmp_path))] == ["7 · fixed orthogonal",
                                                                    "8 · vanilla (off)"]
 
