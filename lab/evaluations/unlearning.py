@@ -17,7 +17,6 @@ from lab.results.frontier import (
     RETAINED,
     SAE_BENCH_SIZE,
     has_texts,
-    mean_rises,
     summarize,
 )
 from lab.sparse import ExportedSAE
@@ -249,7 +248,7 @@ def evaluate_unlearning(sae: ExportedSAE, heldout: HeldOut, statistics: FeatureS
     sets = feature_sets(sae, heldout, statistics)
     control = control_set(statistics, seed)
     return {**clamp_and_ask(sae, heldout, sets),
-            "control": mean_rises(numbers(Measurement(sae, heldout, control))),
+            "control": control_rises(sae, heldout, control),
             "frequency_tokens": dict(zip(NAMED, statistics.tokens_K)),
             "selected": {str(t): select_features(statistics.rate_KF, t, max(SET_SIZES)).tolist()
                          for t in THRESHOLDS}}
@@ -306,6 +305,19 @@ def control_set(statistics: FeatureStatistics, seed: int) -> FeatureSet:
     features = matched_features(statistics.rate_KF, chosen, seed)
     return FeatureSet(max(THRESHOLDS), SAE_BENCH_SIZE, features, statistics.size_F[features],
                       (-1.0,))
+
+
+def control_rises(sae: ExportedSAE, heldout: HeldOut, control: FeatureSet) -> list[dict[str, Any]]:
+    """Mean rises by kind of text under static clamps of a set, by OFFICIAL_MULTIPLIERS."""
+    every_R, rows = torch.ones(len(heldout["rows"]), dtype=torch.bool), []
+    for multiplier in OFFICIAL_MULTIPLIERS:
+        clamp = Clamp(control.features, -multiplier * control.size_F)
+        rise_R = rises(sae, heldout, clamp, every_R).numpy()
+        rows.append({"threshold": control.threshold, "n_features": control.n_features,
+                     "n_selected": len(control.features), "multiplier": multiplier,
+                     **{f"{kind}_ce_rise": float(rise_R[of].mean())
+                        for kind, of in kinds_of(heldout).items()}})
+    return rows
 
 
 def matched_features(rate_KF: Tensor, chosen: Tensor, seed: int) -> Tensor:
