@@ -18,7 +18,7 @@ MEASURED = 20  # steps from which it is told how long all will take
 
 ENVIRONMENT = """environment variables:
   SAE_SUBSTRATE  auto (default) | pythia | standin: language model and text
-  SAE_BUDGET     full (default) | smoke: the same code in about a minute | paper: for a GPU
+  SAE_BUDGET     full (default) | smoke: the same code in minutes | paper: for a GPU
   SAE_CACHE_DIR  where downloads, activations and checkpoints are kept (default .cache)
   WANDB_MODE     online | offline | disabled (default: online if signed in, else offline)"""
 

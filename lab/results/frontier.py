@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lab.results.statistics import FRONTIER_END
+from lab.results.statistics import FRONTIER_END, upper_hull
 
 RETAINED = 0.95  # retain accuracy below which a setting costs too much
 GUESSED = 0.75  # of the answers, what is lost where four options are guessed between
@@ -28,15 +28,7 @@ def hull_weights(cost_S: np.ndarray, gain_S: np.ndarray, grid: np.ndarray) -> np
     cost_S = np.maximum(cost_S, 0.0)
     points = [(float(cost_S[i]), float(gain_S[i]), int(i))
               for i in np.flatnonzero(cost_S <= grid[-1])]
-    hull: list[tuple[float, float, int]] = []
-    for point in sorted([*points, (0.0, 0.0, nothing)]):
-        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (point[0] - hull[-2][0]) <= (
-            point[1] - hull[-2][1]) * (hull[-1][0] - hull[-2][0]):
-            hull.pop()
-        if hull and hull[-1][0] == point[0]:
-            hull.pop()
-        if not hull or point[1] > hull[-1][1]:
-            hull.append(point)
+    hull = upper_hull([*points, (0.0, 0.0, nothing)])
     weight_GS = np.zeros((len(grid), nothing))
     costs = [cost for cost, _, _ in hull]
     for k, (_, _, i) in enumerate(hull):

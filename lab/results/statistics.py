@@ -1,7 +1,7 @@
 """Statistics of results, in numpy alone: means and errors, hulls, comparable runs."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,10 @@ def mean_stderr(values: Any) -> tuple[np.ndarray, np.ndarray]:
     return mean, values.std(0, ddof=1) / math.sqrt(n) if n > 1 else np.full_like(mean, np.nan)
 
 
-def concave_envelope(cost: np.ndarray, gain: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Largest gain at each cost of `grid`, on the upper concave hull of the settings and (0, 0).
-
-    A point on the hull between two settings is reached by using one or the other at random. Costs
-    below zero count as zero. Beyond its best point the envelope is flat.
-    """
-    points = sorted({(0.0, 0.0), *zip(np.maximum(cost, 0.0).tolist(), np.asarray(gain).tolist())})
-    hull: list[tuple[float, float]] = []
-    for point in points:
+def upper_hull(points: Iterable[tuple]) -> list[tuple]:
+    """Those of points (cost, gain, …) on their upper concave hull, up to its highest one."""
+    hull: list[tuple] = []
+    for point in sorted(points):
         while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (point[0] - hull[-2][0]) <= (
             point[1] - hull[-2][1]) * (hull[-1][0] - hull[-2][0]):
             hull.pop()
@@ -36,7 +31,17 @@ def concave_envelope(cost: np.ndarray, gain: np.ndarray, grid: np.ndarray) -> np
             hull.pop()
         if not hull or point[1] > hull[-1][1]:
             hull.append(point)
-    return np.interp(grid, *(np.array(axis) for axis in zip(*hull)))
+    return hull
+
+
+def concave_envelope(cost: np.ndarray, gain: np.ndarray, grid: np.ndarray) -> np.ndarray:
+    """Largest gain at each cost of `grid`, on the upper concave hull of the settings and (0, 0).
+
+    A point on the hull between two settings is reached by using one or the other at random. Costs
+    below zero count as zero. Beyond its best point the envelope is flat.
+    """
+    points = {(0.0, 0.0), *zip(np.maximum(cost, 0.0).tolist(), np.asarray(gain).tolist())}
+    return np.interp(grid, *(np.array(axis) for axis in zip(*upper_hull(points))))
 
 
 COMPARABLE = ("substrate", "budget", "evaluation_code", "language_model_dtype")
