@@ -9,8 +9,9 @@ Pythia-70M's architecture with random weights, hook at layer 3, D = 512, F = 409
 tokens, contexts of 128: every program gets the same news articles, tokenizer, weights and number of
 tokens, in turn, alone, each in a process of its own. The clock starts with text and language model
 in memory and stops with the SAE: tokenizing, language model, buffer, training. Ours also writes its
-activations to the cache and a checkpoint within that time, as a run does. Its regrouping, every
-250 steps, is timed by itself.
+activations to the cache and a checkpoint within that time, as a run does. *Streamed* holds a third
+of the activations in memory and reads the rest back while it trains. The regrouping, every 250
+steps, is timed by itself.
 """
 
 import json
@@ -45,11 +46,12 @@ SPECIAL = {"eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>",
 VARIANTS = {  # name: (who, options)
     "ours, off": ("ours", {"mode": "off"}),
     "ours, adaptive": ("ours", {"mode": "adaptive"}),
+    "ours, adaptive, streamed": ("ours", {"mode": "adaptive", "gigabytes": 0.2}),
     "SAELens, float32": ("sae_lens", {"bfloat16": False}),
     "SAELens, bfloat16 autocast": ("sae_lens", {"bfloat16": True}),
     "dictionary_learning": ("dictionary_learning", {}),
 }
-OURS = ("ours, off", "ours, adaptive")
+OURS = ("ours, off", "ours, adaptive", "ours, adaptive, streamed")
 LEFT_OUT = """Not measured: real Pythia weights, text of WikiText, GPUs, torch.compile, SAELens on
 HookedTransformer (it gets the plain Hugging Face model here), quality of the SAEs (see the study),
 start-up and loading. The peers' buffers hold 64 contexts, so that few activations are computed and
@@ -127,7 +129,7 @@ def ours(request: dict[str, Any]) -> dict[str, Any]:
         if name == "first":
             assert substrate.lm is not None  # loaded before the clock starts
         start = time.perf_counter()
-        buffer = ActivationBuffer.read(substrate)
+        buffer = ActivationBuffer.read(substrate, gigabytes=request["gigabytes"])
         read = time.perf_counter() - start
         trainer = train_sae(config, buffer, 0, cache.root / name, Interrupts(), None,
                             substrate.processes)
@@ -150,7 +152,8 @@ def measure_round(variants: list[str], threads: int = 2) -> dict[str, dict[str, 
         request = {
             "task": "pipeline", "folder": name, "threads": threads, "special": SPECIAL,
             "layer": LAYER, "d_in": D_IN, "d_sae": D_SAE, "batch_size": BATCH, "rows": ROWS,
-            "context_length": CONTEXT, "tokens": TOKENS, "buffer_contexts": 64}
+            "context_length": CONTEXT, "tokens": TOKENS, "buffer_contexts": 64,
+            "gigabytes": CustomSAEConfig.buffer_gigabytes}
         for variant in variants:
             who, options = VARIANTS[variant]
             asked = {**request, **options, "scratch": f"{name}/{variant}"}
