@@ -467,9 +467,9 @@ def active_set_loss(W_FD: Tensor, lists_BL: Tensor) -> Tensor:
     """Mean over tokens of (1/n) Σ_{i≠j active} (w_i·w_j)², n the number of active features, which
     are listed from 1 on. Time O(B·L²·D)."""
     if W_FD.device.type == "cpu":  # a GPU would have to be waited for
-        lists_BL = lists_BL[:, : max(1, int((lists_BL > 0).sum(1).max()))]
+        lists_BL = lists_BL[:, (lists_BL > 0).any(0)]
     V_FD = nn.functional.pad(W_FD, (0, 0, 1, 0))  # 0 is no feature
-    V_BLD = V_FD.index_select(0, lists_BL.flatten()).view(*lists_BL.shape, -1)
+    V_BLD = V_FD.index_select(0, lists_BL.flatten()).view(*lists_BL.shape, W_FD.shape[1])
     gram_BLL = V_BLD @ V_BLD.mT
     gram_BLL = gram_BLL - torch.diag_embed(gram_BLL.diagonal(dim1=1, dim2=2))
     n_B = (lists_BL > 0).sum(1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Groups of features that fire together, and how well conditioned they are."""
+"""The evaluation's groups of features that fire together, and how well conditioned they are."""
 
 import math
 from typing import NamedTuple
@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lab.device import to_device
-from lab.sparse import Code, DenseCode
+from lab.sparse import Code
 from lab.storage import randomness
 
 
@@ -21,17 +20,16 @@ class CoactivationSketch:
     entry of A costs one addition, whatever R is.
     """
 
-    def __init__(self, d_sae: int, size: int, device: torch.device | str = "cpu"):
-        self.sum_FR = torch.zeros(d_sae, size, device=device)
-        self.signs_R = torch.zeros(size, device=device)
-        self.fired_F = torch.zeros(d_sae, device=device)
-        self.tokens = torch.zeros((), device=device)
+    def __init__(self, d_sae: int, size: int):
+        self.sum_FR = torch.zeros(d_sae, size)
+        self.signs_R = torch.zeros(size)
+        self.fired_F = torch.zeros(d_sae)
+        self.tokens = torch.zeros(())
 
-    def add_(self, code: Code | DenseCode, n_tokens: int, generator: torch.Generator) -> None:
+    def add_(self, code: Code, n_tokens: int, generator: torch.Generator) -> None:
         """Add a batch of `n_tokens` that went into `code`."""
-        drawn = (torch.randint(0, n, (n_tokens,), generator=generator)
-                 for n in (self.sum_FR.shape[1], 2))
-        column_B, coin_B = (to_device(part, self.sum_FR.device) for part in drawn)
+        column_B, coin_B = (torch.randint(0, n, (n_tokens,), generator=generator)
+                            for n in (self.sum_FR.shape[1], 2))
         sign_B = coin_B * 2.0 - 1
         code.add_signs_(self.sum_FR, column_B, sign_B)
         self.signs_R.index_add_(0, column_B, sign_B)

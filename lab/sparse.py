@@ -72,11 +72,6 @@ class DenseCode(NamedTuple):
         count_B = self.fires_BF.sum(1, dtype=torch.float32)
         return lists.masked_fill(count_B[:, None] > room, 0)
 
-    def add_signs_(self, sum_FR: Tensor, column_B: Tensor, sign_B: Tensor) -> None:
-        """Its products are exact: sums of ones, fewer than a half precision number counts."""
-        is_BR = column_B[:, None] == torch.arange(sum_FR.shape[1], device=column_B.device)
-        sum_FR += self.fires_BF.T @ (is_BR * sign_B[:, None]).to(self.fires_BF.dtype)
-
 
 @dataclass(frozen=True)
 class ExportedSAE:
