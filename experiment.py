@@ -113,9 +113,11 @@ class CustomSAEConfig(Settings):
     exact: bool = False
     """Whether it is so throughout, without partners and without sharing of directions."""
     share_direction: float = 0.5
-    """Largest part of its weight in L_dir that a pair is spared; 0: nothing is shared."""
+    """Largest part of its weight in L_dir that a pair is spared."""
     share_use: float = 1.0
     """The same of a feature in L_use; until features are grouped all are spared as much."""
+    share_even: float = 0.5
+    """Evenness between domains from which a feature counts as even."""
     expansion: int = 8
     """F / D."""
     target_l0: float = 40.0
@@ -164,7 +166,7 @@ class CustomSAEConfig(Settings):
         for name in ("alpha", "eta", "warmup_steps", "first_seed"):
             self.require(name, getattr(self, name) >= 0, "use at least 0")
         for name in ("learning_rate", "target_l0", "sparsity_penalty", "sparsity_rate",
-                     "buffer_gigabytes"):
+                     "share_even", "buffer_gigabytes"):
             self.require(name, getattr(self, name) > 0, "use more than 0")
         for name in ("ramp_fraction", "decay_fraction", "resample_fraction", "share_direction",
                      "share_use"):
@@ -429,15 +431,14 @@ def stability(seen: Firing, group_size: int, every: int, sure: float = 4.0) -> f
 
 
 def sharing(pairs: Cofiring, fired_F: Tensor, use_KF: Tensor, kappa_F: Tensor, kappa_random: float,
-            prior: float = 100.0) -> tuple[Tensor, Tensor]:
+            share_even: float, prior: float = 100.0) -> tuple[Tensor, Tensor]:
     """What a pair shares in direction [N] and a feature in use [F], each from 0 to 1:
-    s_ij = (1 − together) · evenness · conditioning, s_i = evenness.
+    s_ij = (1 − together) · even · conditioning, s_i = even = min(1, evenness/share_even).
 
-    A pair shares directions the more, the less it fires together, the more evenly both serve the
-    domains, and the better conditioned the worse of both is among its partners: κ_random/κ, at
-    most 1. Evenness is the least domain's part of a feature's use over the mean domain's, each
-    domain's use being one in all; (n_i e_i + m e_g)/(n_i + m) with n_i the tokens on which the
-    feature fired, m the `prior`, and e_g the evenness of its partners' mean parts.
+    A pair is as even and as well conditioned as the worse of both; conditioning is κ_random/κ with
+    its partners, at most 1. Evenness is the least domain's part of a feature's use over the mean
+    domain's, each domain's use being one in all; (n_i e_i + m e_g)/(n_i + m) with n_i the tokens on
+    which it fired, m the `prior`, and e_g the evenness of its partners' mean parts.
     """
     part_KF = use_KF / use_KF.sum(1, keepdim=True).clamp(min=1e-12)
     total_F = part_KF.sum(0)  # of a feature that never fired nothing is known: it counts as even
@@ -447,7 +448,8 @@ def sharing(pairs: Cofiring, fired_F: Tensor, use_KF: Tensor, kappa_F: Tensor, k
     group_KF = group_KF.where(group_KF.sum(0) > 0, part_KF)
     own_F, group_F = (len(use_KF) * part.min(0).values / part.sum(0)
                       for part in (part_KF, group_KF))
-    even_F = (fired_F * own_F + prior * group_F) / (fired_F + prior)
+    evenness_F = (fired_F * own_F + prior * group_F) / (fired_F + prior)
+    even_F = (evenness_F / share_even).clamp(max=1)
     fit_F = (kappa_random / kappa_F).clamp(max=1)
     both_even_N, both_fit_N = (torch.minimum(part[row_N], part[column_N])
                                for part in (even_F, fit_F))
@@ -729,12 +731,11 @@ class CustomTrainer:
 
     @torch.no_grad()
     def update_activity_(self, z_BD: Tensor, code: Code | DenseCode, seen: Seen) -> None:
-        """Count silence, list what fires together before features are grouped, and wake dead
-        features when it is time."""
+        """Count silence, list what is active before a grouping, wake dead features when due."""
         row, t = self.row, self.step_count
         self.state["silent_F"].add_(1).masked_fill_(seen.fired_F, 0)
-        batches = math.ceil(row.counted_tokens / row.batch_size)
-        if any(self.is_grouping(step) for step in range(t + 1, t + 1 + batches)):
+        ahead = range(t + 1, t + 1 + math.ceil(row.counted_tokens / row.batch_size))
+        if any(map(self.is_grouping, ahead)):
             self.state["lists_RL"] = torch.cat([self.state["lists_RL"], code.lists(self.room)])
         if t % row.resample_every == 0 and 0 < t <= row.resample_fraction * row.steps:
             self.resample_(z_BD, code)
@@ -793,9 +794,10 @@ class CustomTrainer:
         seen = firing(self.processes.gathered(self.state["lists_RL"]).cpu(), len(W_FD))
         pairs = cofiring(seen, row.group_size)
         kappa_F = partner_condition_numbers(W_FD, pairs.row_N, pairs.column_N, self.JUDGED)
+        kappa_random = random_condition_number(1 + self.JUDGED, self.sae.d_in)
         spared_N, even_F = sharing(pairs, seen.fired_F, self.running_use().cpu(), kappa_F,
-                                   random_condition_number(1 + self.JUDGED, self.sae.d_in))
-        spared_N = row.share_direction * spared_N
+                                   kappa_random, row.share_even)
+        spared_N *= row.share_direction
         for name, part in (("pair_row_N", pairs.row_N), ("pair_column_N", pairs.column_N),
                            ("pair_weight_N", (pairs.weight_N * (1 - spared_N)).float()),
                            ("share_F", (row.share_use * even_F).float())):

@@ -20,7 +20,7 @@ BAD_VALUES = [  # alone, whatever it is trained on: field, value, what would be 
         "checkpoint_every")),
     *((name, -1, "use at least 0") for name in ("alpha", "eta", "warmup_steps", "first_seed")),
     *((name, 0.0, "use more than 0") for name in (
-        "learning_rate", "target_l0", "sparsity_penalty", "sparsity_rate")),
+        "learning_rate", "target_l0", "sparsity_penalty", "sparsity_rate", "share_even")),
     *((name, 1.5, "use a part, from 0 to 1") for name in (
         "ramp_fraction", "decay_fraction", "resample_fraction", "share_direction", "share_use")),
     ("log_every", 601, "use at most steps=600"),

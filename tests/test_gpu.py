@@ -201,7 +201,7 @@ def test_the_main_job_gives_the_same_on_a_gpu(gpu, job, monkeypatch, run):
               one["forget_ce_rise"] for one in info["unlearning"]["per_seed"][0]["settings"]}
              for info in (on_cpu, on_gpu)]
     both = rises[0].keys() & rises[1].keys()
-    assert len(both) >= 8
+    assert len(both) >= 6
     assert [rises[1][one] for one in both] == pytest.approx([rises[0][one] for one in both],
                                                             abs=1e-2)
 

@@ -189,8 +189,10 @@ def pairs_of(together=(0.0, 0.0, 0.0, 0.0), weight=(1.0, 1.0, 1.0, 1.0)):
                     torch.tensor(together))
 
 
-def shares(pairs=None, use=EVEN, fired=(1000.0,) * 4, kappa=(1.0,) * 4, prior=100.0):
-    found = sharing(pairs or pairs_of(), torch.tensor(fired), use, torch.tensor(kappa), 1.5, prior)
+def shares(pairs=None, use=EVEN, fired=(1000.0,) * 4, kappa=(1.0,) * 4, prior=100.0,
+           even=1.0):
+    found = sharing(pairs or pairs_of(), torch.tensor(fired), use, torch.tensor(kappa), 1.5, even,
+                    prior)
     return [pytest.approx(part.tolist(), abs=1e-6) for part in found]
 
 
@@ -211,6 +213,7 @@ def test_a_feature_is_as_even_as_it_serves_the_domains_and_a_pair_as_the_less_ev
     direction, one = shares(use=use, prior=0.0)
     assert one == even
     assert direction == [min(even[:2])] * 2 + [min(even[2:])] * 2
+    assert shares(use=use, prior=0.0, even=0.5)[1] == [min(1, 2 * e) for e in even]
 
 
 def test_evenness_leans_on_the_partners_where_a_feature_fired_rarely():
@@ -228,5 +231,5 @@ def test_evenness_leans_on_the_partners_where_a_feature_fired_rarely():
 def test_what_never_fired_and_has_no_partners_counts_as_even():
     use = torch.tensor([[0.0, 1, 1, 1], [0.0, 1, 1, 1]])
     none = Cofiring(*torch.zeros(2, 0, dtype=torch.long), torch.zeros(0), torch.zeros(0))
-    found = sharing(none, torch.zeros(4), use, torch.ones(4), 1.5)
+    found = sharing(none, torch.zeros(4), use, torch.ones(4), 1.5, 0.5)
     assert [part.tolist() for part in found] == [[], [1.0] * 4]
