@@ -467,9 +467,10 @@ def cofiring_loss(W_FD: Tensor, row_N: Tensor, column_N: Tensor, weight_N: Tenso
 
 def active_set_loss(W_FD: Tensor, lists_BL: Tensor) -> Tensor:
     """Mean over tokens of (1/n) Σ_{i≠j active} (w_i·w_j)², n the number of active features, which
-    are listed from 1 on. Time O(B·L²·D)."""
+    are listed from 1 on. Time O(B·L²·D), on a CPU O(B·n²·D)."""
     if W_FD.device.type == "cpu":  # a GPU would have to be waited for
-        lists_BL = lists_BL[:, (lists_BL > 0).any(0)]
+        row_N, column_N, sum_N = cofiring_sums(lists_BL, len(W_FD), 0.0)
+        return PairPotential.apply(W_FD, row_N, column_N, sum_N / len(lists_BL))
     V_FD = nn.functional.pad(W_FD, (0, 0, 1, 0))  # 0 is no feature
     V_BLD = V_FD.index_select(0, lists_BL.flatten()).view(*lists_BL.shape, W_FD.shape[1])
     gram_BLL = V_BLD @ V_BLD.mT
@@ -785,10 +786,8 @@ class CustomTrainer:
 
     @torch.no_grad()
     def regroup_(self) -> None:
-        """Find anew which features fire together, and set what they share.
-
-        All modes do so, for the history's sake; only `adaptive` makes a difference of it.
-        """
+        """Find anew which features fire together and what they share: in all modes, for the
+        history's sake; only `adaptive` makes a difference of it."""
         self.check_finite(self.numbers)
         row, W_FD = self.row, self.sae.W_dec.cpu()
         seen = firing(self.processes.gathered(self.state["lists_RL"]).cpu(), len(W_FD))
@@ -842,8 +841,7 @@ class CustomTrainer:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         for name in self.state:
             self.state[name] = tensors[f"state.{name}"].to(self.device)
-        lists_RL = self.state["lists_RL"]
-        self.state["lists_RL"] = lists_RL[self.processes.share(len(lists_RL))]
+        self.state["lists_RL"] = self.processes.own(self.state["lists_RL"])
         for name, value in note.items():
             setattr(self, name, value)
 

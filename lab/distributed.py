@@ -92,6 +92,10 @@ class Processes:
         whole[self.share(len(whole))] = part
         return self.sum_(whole)
 
+    def own(self, whole: Tensor) -> Tensor:
+        """This process's part of what was gathered, from as many processes or others."""
+        return whole[self.share(len(whole))]
+
     def wait(self) -> None:
         self.sum_(torch.zeros(1))
 

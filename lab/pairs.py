@@ -50,10 +50,12 @@ def cofiring_sums(lists_RL: Tensor, d_sae: int, least: float, every: int = 1,
     fires_FR, parts = fires_RF.T.tocsr()[::every], []
     for first in range(0, fires_FR.shape[0], block):
         sums = fires_FR[first : first + block] @ share_RF
-        row_N = (np.repeat(np.arange(sums.shape[0]), np.diff(sums.indptr)) + first) * every
-        kept = (sums.data > least) & (row_N != sums.indices)
-        parts.append((row_N[kept], sums.indices[kept].astype(np.int64), sums.data[kept]))
-    return tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*parts))
+        kept = np.flatnonzero(sums.data > least)
+        row_N = np.repeat(np.arange(sums.shape[0], dtype=np.int32), np.diff(sums.indptr))[kept]
+        parts.append(((row_N + first) * every, sums.indices[kept], sums.data[kept]))
+    row_N, column_N, sum_N = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts))
+    other = (row_N != column_N).nonzero().squeeze(1)
+    return row_N[other].long(), column_N[other].long(), sum_N[other]
 
 
 def strongest(row_N: Tensor, strength_N: Tensor, most: int) -> Tensor:
