@@ -809,7 +809,7 @@ class CustomTrainer:
             "share_mean": spared_N.sum() / n_pairs, "together": pairs.together_N.sum() / n_pairs,
             "partners": len(pairs.row_N) / len(W_FD),
             "held": pairs.weight_N.sum() / max(seen.n - 1, 1e-12),
-            "stability": stability(seen, row.group_size, every=max(1, len(W_FD) // 512)),
+            "stability": stability(seen, row.group_size, every=max(1, len(W_FD) // 256)),
         }.items()})
 
     def note(self, values: Mapping[str, float]) -> None:

@@ -12,8 +12,8 @@ steps    our step against the plain dense one. It runs twice: in a process of it
          where it is kept. A third time in bfloat16: what of the ratio is the precision's.
 modes    what each orthogonality loss costs, as a ratio to off
 terms    L_dir without the F × F matrix against its definition
-grouping one grouping with its batches, and its part of training. Features fire together by chance
-         here, so few pairs are kept; the counting is all there
+grouping one grouping, and its part of training. Features fire together by chance here, so few pairs
+         are kept; the counting is all there
 runs     seconds of each phase of the committed study
 peers    three rounds of bench/pipeline.py, where bench/peers.sh has installed them (SAE_PEERS)
 """
@@ -80,15 +80,18 @@ def trainer(mode: str, d_sae: int, screen: str | None = None) -> CustomTrainer:
     made.state["l0"].fill_(ACTIVE)
     made.step_count = PERIOD
     if mode == "adaptive":
-        group(made)
+        group(made, lists(made))
     return made
 
 
-def group(made: CustomTrainer) -> None:
-    """As before a step of training: from as many tokens as are counted."""
-    n = math.ceil(made.row.counted_tokens / B)
-    lists = [made.code(BATCHES[i % PERIOD][0]).lists(made.room) for i in range(n)]
-    made.state["lists_RL"] = torch.cat(lists)
+def lists(made: CustomTrainer) -> Tensor:
+    """What is active on as many tokens as are counted before a grouping."""
+    batches = (batch(PERIOD + i)[0] for i in range(math.ceil(made.row.counted_tokens / B)))
+    return torch.cat([made.code(z_BD).lists(made.room) for z_BD in batches])
+
+
+def group(made: CustomTrainer, lists_RL: Tensor) -> None:
+    made.state["lists_RL"] = lists_RL
     made.regroup_()
 
 
@@ -203,7 +206,8 @@ def terms(d_sae: int, turns: int) -> list[str]:
 
 def grouping(d_sae: int, turns: int) -> list[str]:
     config, grouped = CustomSAEConfig(), trainer("adaptive", d_sae)
-    times = in_turns({"grouping": (lambda _: group(grouped), 1),
+    lists_RL = lists(grouped)
+    times = in_turns({"grouping": (lambda _: group(grouped, lists_RL), 1),
                       "step": (stepper(trainer("adaptive", d_sae)), PERIOD)}, turns)
     taken, each = (statistics.median(times[name]) for name in ("grouping", "step"))
     return [f"{taken:.2f}", f"{1e6 * taken / d_sae:.0f}",
