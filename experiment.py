@@ -402,7 +402,7 @@ def partners(seen: Firing, group_size: int, sure: float = 4.0,
     By chance features of rates p_i, p_j have ω = p_i p_j / E[n]. A partner exceeds it by `sure`
     standard errors of a count; with −∞ all pass that ever fire together.
     """
-    tokens, fired_F, n = max(1, len(seen.lists_RL)), seen.fired_F.double(), max(seen.n, 1.0)
+    tokens, fired_F, n = seen.tokens, seen.fired_F.double(), max(seen.n, 1.0)
     row_N, column_N, sum_N = cofiring_sums(seen.lists_RL, len(fired_F), sure / n, every)
     expected_N = fired_F[row_N] * fired_F[column_N] / tokens
     excess_N = n * sum_N - expected_N

@@ -17,19 +17,19 @@ class Firing(NamedTuple):
     """The active features of some tokens. n is how many a token has."""
 
     lists_RL: Tensor  # of each token, from 1 on; 0 where there are no more
+    tokens: int  # that have any, at least 1; means are over these
     fired_F: Tensor  # tokens on which a feature is active
     own_F: Tensor  # ω_ii: mean over tokens of 1/n where it is active
     n: float  # mean over tokens
 
 
 def firing(lists_RL: Tensor, d_sae: int) -> Firing:
-    """Of tokens [R] with at least one active feature."""
-    lists_RL = lists_RL[(lists_RL > 0).any(1)]
+    """What the lists of tokens [R, L] say of each feature."""
     active_RL = lists_RL > 0
-    n_R1, feature_N = active_RL.sum(1, keepdim=True), lists_RL[active_RL].long() - 1
-    own_F = torch.bincount(feature_N, (1 / n_R1.double()).expand_as(lists_RL)[active_RL], d_sae)
-    tokens = max(1, len(lists_RL))
-    return Firing(lists_RL, torch.bincount(feature_N, minlength=d_sae), own_F / tokens,
+    n_R, feature_N = active_RL.sum(1), lists_RL[active_RL].long() - 1
+    tokens = max(1, int((n_R > 0).sum()))
+    own_F = torch.bincount(feature_N, (1 / n_R.double()).repeat_interleave(n_R), d_sae)
+    return Firing(lists_RL, tokens, torch.bincount(feature_N, minlength=d_sae), own_F / tokens,
                   len(feature_N) / tokens)
 
 

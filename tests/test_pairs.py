@@ -79,7 +79,7 @@ def test_order_and_gaps_of_lists_do_not_matter(fires):
 
 def test_rates_are_over_tokens_on_which_anything_fires(fires):
     seen = firing(lists_of(fires), 30)
-    assert len(seen.lists_RL) == 199
+    assert seen.tokens == 199
     assert torch.equal(seen.fired_F, fires.sum(0))
     assert seen.n == pytest.approx(float(fires.sum()) / 199)
     part = fires / fires.sum(1, keepdim=True).clamp(min=1)
