@@ -421,8 +421,8 @@ def cofiring(seen: Firing, group_size: int, sure: float = 4.0) -> Cofiring:
 
 
 def stability(seen: Firing, group_size: int, every: int, sure: float = 4.0) -> float:
-    """Overlap of the partners found from two halves of the tokens: of those found in either, the
-    part that is found in both. Of every `every`-th feature."""
+    """Overlap of partners found from two halves of the tokens: the part of those found in one half
+    that is found in the other too. Of every `every`-th feature."""
     F = len(seen.fired_F)
     halves = (partners(firing(seen.lists_RL[half::2], F), group_size, sure, every)
               for half in (0, 1))
@@ -769,15 +769,17 @@ class CustomTrainer:
         self.forget_past_(dead)
 
     def forget_past_(self, features: Tensor) -> None:
-        """Newborn features have no past: no moments, silence, use or count of firing."""
+        """Newborn features have no past: no moments, silence, use, partners or lists."""
         for parameter in (self.sae.W_enc_FD, self.sae.b_enc, self.sae.W_dec):
             for name in ("exp_avg", "exp_avg_sq"):
                 self.optimizer.state[parameter][name][features] = 0
         self.state["silent_F"][features] = 0
         self.state["use_KF"][:, features] = 0
         born = torch.zeros(self.sae.d_sae + 1, dtype=torch.bool, device=self.device)
-        born[features + 1] = True
+        born[features + 1] = True  # as in lists
         self.state["lists_RL"].masked_fill_(born[self.state["lists_RL"].long()], 0)
+        either_N = born[self.state["pair_row_N"] + 1] | born[self.state["pair_column_N"] + 1]
+        self.state["pair_weight_N"].masked_fill_(either_N, 0)
 
     def is_grouping(self, step: int) -> bool:
         """First when α is at its full strength, whatever `regroup_every`: L_use begins with it."""

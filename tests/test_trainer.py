@@ -459,7 +459,7 @@ def test_dead_features_are_given_a_new_life(small_config):
 
 
 def test_newborn_features_have_no_past(small_config):
-    """No moments, silence, use, nor places in lists: these are of the feature they were."""
+    """No moments, silence, use, partners, nor places in lists: these are of the feature they were."""
     z, domain = planted_activations(8192)
     trainer = new_trainer(small_config, z)
     trainer.first_grouping = 16
@@ -471,6 +471,8 @@ def test_newborn_features_have_no_past(small_config):
     of_born = (listed == 4) | (listed == 78)
     assert {4, 78} <= set(listed.unique().tolist())
     use = trainer.state["use_KF"].clone()
+    trainer.state |= {"pair_row_N": torch.tensor([2, 3, 9, 50]), "pair_weight_N": torch.ones(4),
+                      "pair_column_N": torch.tensor([3, 2, 77, 51])}
     z_BD, domain_B = batch(z, domain, 15)
     code = trainer.sae.dense_code(z_BD)
     with torch.no_grad():
@@ -479,6 +481,7 @@ def test_newborn_features_have_no_past(small_config):
     old[born] = False
     assert torch.equal(trainer.state["lists_RL"], listed.masked_fill(of_born, 0))
     assert torch.equal(trainer.state["use_KF"], use * old)
+    assert trainer.state["pair_weight_N"].tolist() == [0, 0, 0, 1]
     assert trainer.state["silent_F"][born].tolist() == [0, 0]
     for parameter in (trainer.sae.W_enc_FD, trainer.sae.b_enc, trainer.sae.W_dec):
         for moment in ("exp_avg", "exp_avg_sq"):
