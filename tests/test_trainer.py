@@ -459,7 +459,7 @@ def test_dead_features_are_given_a_new_life(small_config):
 
 
 def test_newborn_features_have_no_past(small_config):
-    """No moments, silence, use, partners, nor places in lists: these are of the feature they were."""
+    """No moments, silence, use, partners nor places in lists: these are of the one they were."""
     z, domain = planted_activations(8192)
     trainer = new_trainer(small_config, z)
     trainer.first_grouping = 16
