@@ -4,12 +4,11 @@
 
 trains SAEs on the residual stream of a language model with the row `run_3` of the table below,
 evaluates them and writes the folder. This file is what an experiment may change: run table,
-activation buffer, SAE, when features are grouped and what groups share, losses, trainer, run. What
-must stay the same between two runs that are compared is the laboratory, in lab/; how features are
-grouped is there too (lab/grouping.py), since an evaluation groups in the same way.
+activation buffer, SAE, how features are grouped and what they share, losses, trainer, run. What
+must stay the same between two runs that are compared is the laboratory, in lab/.
 
-Shapes are suffixes: B tokens of a batch, D residual width, F features, G groups, M features of a
-group, K domains of text, N entries of a flat list, T tokens of a context.
+Shapes are suffixes: B tokens of a batch, D residual width, F features, K domains of text, N entries
+of a flat list, R tokens of which lists are kept, L the longest of them.
 """
 
 import dataclasses
@@ -33,9 +32,10 @@ try:
     from lab.device import Readings, to_device
     from lab.distributed import Interrupts, Outcome, Processes, keep_freed_memory
     from lab.evaluations import evaluate
-    from lab.grouping import (CoactivationSketch, GroupStatistics, group_features,
-                              group_statistics, random_condition_number)
+    from lab.grouping import random_condition_number
     from lab.language_model import faster_dtype
+    from lab.pairs import (Firing, FramePotential, PairPotential, cofiring_sums, firing,
+                           in_both_orders, max_cosine_loss, partner_condition_numbers, strongest)
     from lab.results.exports import hook_name
     from lab.results.final_info import best_run, collect
     from lab.results.folder import RunFolder
@@ -94,8 +94,8 @@ class CustomSAEConfig(Settings):
     purpose: str = ""
     """What the run is there to find out."""
     orthogonality: str = "adaptive"
-    """What keeps features apart, one of MODES: nothing; L_dir with equal weights; L_dir and L_use
-    with sharing in groups; OrtSAE's penalty; a penalty on the encoder's Gram matrix."""
+    """What keeps features apart, one of MODES: nothing; L_dir of all pairs alike; L_dir of features
+    that fire together, and L_use; OrtSAE's penalty; a penalty on the encoder's Gram matrix."""
     alpha: float = 0.05
     """Strength of the orthogonality loss; the trainer takes it and keeps it as `trainer.alpha`."""
     eta: float = 4.0
@@ -105,17 +105,19 @@ class CustomSAEConfig(Settings):
     regroup_every: int = 250
     """Steps between two groupings; the first is when α has ramped up."""
     group_size: int = 64
-    """Features a group, from 2 to D − 1."""
-    sketch_size: int = 512
-    """Columns of the sketch in which firing together is counted."""
-    share_min: float = -8.0
-    """Sharing in direction of a badly conditioned group: its pairs weigh 1 − s = 9."""
-    share_max: float = 1.0
-    """Sharing of an even, well conditioned group, and of all until they are grouped."""
+    """Partners a feature: those with which it fires most beyond chance."""
+    counted_tokens: int = 32_768
+    """Tokens before a grouping over which it is counted which features fire together."""
+    exact_tokens: int = 256
+    """Tokens of a batch over whose active features L_dir is taken until features are grouped."""
+    exact: bool = False
+    """Whether it is so throughout, without partners and without sharing of directions."""
+    share_direction: float = 0.5
+    """Largest part of its weight in L_dir that a pair is spared."""
+    share_use: float = 1.0
+    """The same of a feature in L_use; until features are grouped all are spared as much."""
     share_even: float = 0.5
-    """Evenness between domains from which a group counts as even."""
-    kappa_max: float = 2.0
-    """A group is badly conditioned beyond so many times the median group's κ."""
+    """Evenness between domains from which a feature counts as even."""
     expansion: int = 8
     """F / D."""
     target_l0: float = 40.0
@@ -157,28 +159,25 @@ class CustomSAEConfig(Settings):
         """Raise UserError where a value makes no sense, whatever it is trained on."""
         self.require_numbers()
         self.require("orthogonality", self.orthogonality in MODES, f"use {', '.join(MODES)}")
-        for name in ("steps", "batch_size", "expansion", "sketch_size", "n_seeds", "log_every",
-                     "direction_every", "regroup_every", "resample_every", "checkpoint_every"):
+        for name in ("steps", "batch_size", "expansion", "group_size", "n_seeds", "log_every",
+                     "counted_tokens", "exact_tokens", "direction_every", "regroup_every",
+                     "resample_every", "checkpoint_every"):
             self.require(name, getattr(self, name) >= 1, "use at least 1")
         for name in ("alpha", "eta", "warmup_steps", "first_seed"):
             self.require(name, getattr(self, name) >= 0, "use at least 0")
         for name in ("learning_rate", "target_l0", "sparsity_penalty", "sparsity_rate",
                      "share_even", "buffer_gigabytes"):
             self.require(name, getattr(self, name) > 0, "use more than 0")
-        for name in ("ramp_fraction", "decay_fraction", "resample_fraction"):
+        for name in ("ramp_fraction", "decay_fraction", "resample_fraction", "share_direction",
+                     "share_use"):
             self.require(name, 0 <= getattr(self, name) <= 1, "use a part, from 0 to 1")
-        self.require("group_size", self.group_size >= 2, "use at least 2")
-        self.require("kappa_max", self.kappa_max > 1, "use more than 1")
         self.require("forget_share", 0 < self.forget_share < 1, "use a part between 0 and 1")
         self.require("log_every", self.log_every <= self.steps, f"use at most steps={self.steps}")
-        self.require("share_max", self.share_min <= self.share_max <= 1,
-                     f"use at least share_min={self.share_min} and at most 1")
 
     def check_fits(self, d_in: int, tokens: int, n_processes: int) -> None:
         """Raise UserError where the row does not fit the model, its text or the processes."""
         d_sae = self.expansion * d_in
-        self.require("group_size", self.group_size < d_in, f"use fewer than D={d_in}")
-        self.require("group_size", d_sae % self.group_size == 0, f"use a divisor of F={d_sae}")
+        self.require("group_size", self.group_size < d_sae, f"use fewer than F={d_sae}")
         self.require("target_l0", self.target_l0 <= d_sae, f"use at most F={d_sae}")
         self.require("batch_size", self.batch_size <= tokens,
                      f"use at most the {tokens} tokens there are to train on")
@@ -382,113 +381,115 @@ class CustomSAE(nn.Module):
         return ExportedSAE(W_enc_FD.T, b_enc * scale, W_dec, b_dec * scale)
 
 
-# --- Sharing: how much each group of features that fire together shares -------------------------
+# --- Grouping: which features fire together, and what they share --------------------------------
 
 
-class Sharing(NamedTuple):
-    """How much the members of each group share, one value a group."""
+class Cofiring(NamedTuple):
+    """Pairs of features that fire together beyond chance, each in both orders: feature by feature,
+    the strongest first."""
 
-    use_G: Tensor  # how far they may serve several domains, in [0, share_max]
-    direction_G: Tensor  # how far they may point alike, in [share_min, share_max]
+    row_N: Tensor
+    column_N: Tensor
+    weight_N: Tensor  # ω: mean over tokens of 1/n where both are active
+    together_N: Tensor  # from 0, chance, to 1, always together
 
 
-def sharing(statistics: GroupStatistics, share_min: float, share_max: float, share_even: float,
-            kappa_max: float, kappa_random: float) -> Sharing:
-    """Even groups share uses; those of them that are well conditioned share directions too.
+def partners(seen: Firing, group_size: int, sure: float = 4.0,
+             every: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of every `every`-th feature the `group_size` with which it fires most beyond chance, the
+    strongest first: both features, ω, and by how much ω exceeds chance [N].
 
-    A group shares the more, the more evenly it serves the domains, and `share_max` from evenness
-    `share_even` on. In direction only where it can afford to: a group is badly conditioned beyond
-    kappa_max times the median group (or random vectors, where they have more), and then its
-    members, which fire together and so must be told apart, are pushed apart harder than strangers,
-    hardest at as far again beyond the limit as that is beyond random vectors. Conditioning is
-    judged without the direction that a group's members have in common, which may be how things
-    are: planted groups that share one have a large κ and no fault.
+    By chance features of rates p_i, p_j have ω = p_i p_j / E[n]. A partner exceeds it by `sure`
+    standard errors of a count; with −∞ all pass that ever fire together.
     """
-    kappa_G = statistics.kappa_own_G
-    limit = kappa_max * max(float(kappa_G.median()), kappa_random)
-    excess = ((kappa_G - limit) / (limit - kappa_random)).clamp(-1, 1).float()
-    use_G = share_max * (statistics.evenness_G / share_even).clamp(max=1)
-    return Sharing(use_G, torch.where(excess > 0, share_min * excess, use_G))
+    tokens, fired_F, n = seen.tokens, seen.fired_F.double(), max(seen.n, 1.0)
+    row_N, column_N, sum_N = cofiring_sums(seen.lists_RL, len(fired_F), sure / n, every)
+    expected_N = fired_F[row_N] * fired_F[column_N] / tokens
+    excess_N = n * sum_N - expected_N
+    passes = excess_N > sure * (expected_N + 1).sqrt()
+    row_N, column_N, excess_N, sum_N = (
+        part[passes] for part in (row_N, column_N, excess_N, sum_N))
+    order = strongest(row_N, excess_N, group_size)
+    return row_N[order], column_N[order], sum_N[order] / tokens, excess_N[order] / (n * tokens)
+
+
+def cofiring(seen: Firing, group_size: int, sure: float = 4.0) -> Cofiring:
+    """Each feature's partners; a pair is kept where either has the other, so N ≤ 2·F·M."""
+    row_N, column_N, weight_N, excess_N = in_both_orders(*partners(seen, group_size, sure))
+    together_N = excess_N / (seen.own_F[row_N] * seen.own_F[column_N]).sqrt()
+    return Cofiring(row_N, column_N, weight_N, together_N.clamp(0, 1))
+
+
+def stability(seen: Firing, group_size: int, every: int, sure: float = 4.0) -> float:
+    """Overlap of partners found from two halves of the tokens: the part of those found in one half
+    that is found in the other too. Of every `every`-th feature."""
+    F = len(seen.fired_F)
+    halves = (partners(firing(seen.lists_RL[half::2], F), group_size, sure, every)
+              for half in (0, 1))
+    one_N, other_N = (row_N * F + column_N for row_N, column_N, *_ in halves)
+    return 2 * int(torch.isin(one_N, other_N).sum()) / max(1, len(one_N) + len(other_N))
+
+
+def sharing(pairs: Cofiring, fired_F: Tensor, use_KF: Tensor, kappa_F: Tensor, kappa_random: float,
+            share_even: float, prior: float = 100.0) -> tuple[Tensor, Tensor]:
+    """What a pair shares in direction [N] and a feature in use [F], each from 0 to 1:
+    s_ij = (1 − together) · even · conditioning, s_i = even = min(1, evenness/share_even).
+
+    A pair is as even and as well conditioned as the worse of both; conditioning is κ_random/κ with
+    its partners, at most 1. Evenness is the least domain's part of a feature's use over the mean
+    domain's, each domain's use being one in all; (n_i e_i + m e_g)/(n_i + m) with n_i the tokens on
+    which it fired, m the `prior`, and e_g the evenness of its partners' mean parts.
+    """
+    part_KF = use_KF / use_KF.sum(1, keepdim=True).clamp(min=1e-12)
+    total_F = part_KF.sum(0)  # of a feature that never fired nothing is known: it counts as even
+    part_KF = torch.where(total_F > 0, part_KF / total_F.clamp(min=1e-12), 1 / len(use_KF))
+    weight_N, row_N, column_N = pairs.weight_N.to(part_KF.dtype), pairs.row_N, pairs.column_N
+    group_KF = torch.zeros_like(part_KF).index_add(1, row_N, weight_N * part_KF[:, column_N])
+    group_KF = group_KF.where(group_KF.sum(0) > 0, part_KF)
+    own_F, group_F = (len(use_KF) * part.min(0).values / part.sum(0)
+                      for part in (part_KF, group_KF))
+    evenness_F = (fired_F * own_F + prior * group_F) / (fired_F + prior)
+    even_F = (evenness_F / share_even).clamp(max=1)
+    fit_F = (kappa_random / kappa_F).clamp(max=1)
+    both_even_N, both_fit_N = (torch.minimum(part[row_N], part[column_N])
+                               for part in (even_F, fit_F))
+    return (1 - pairs.together_N) * both_even_N * both_fit_N, even_F
 
 
 # --- Losses: pure functions of tensors ----------------------------------------------------------
 
 
-def direction_loss(W_FD: Tensor, groups_GM: Tensor | None = None, share_G: Tensor | None = None,
-                   dtype: torch.dtype | None = None) -> Tensor:
-    """L_dir = (D/F²) Σ_i Σ_{j≠i} ω_ij (w_i·w_j)², in units of the least frame potential F²/D of F
-    unit vectors (Welch bound); its floor at ω = 1 is 1 − D/F. Lower is better. Its products take
-    factors of `dtype`, W's own unless told."""
+def cofiring_loss(W_FD: Tensor, row_N: Tensor, column_N: Tensor, weight_N: Tensor) -> Tensor:
+    """L_dir = Σ_{i≠j} ω_ij (w_i·w_j)² over the pairs kept, each in both orders, row by row. With ω
+    of all pairs, and nothing shared, it is `active_set_loss` of the tokens counted."""
+    return PairPotential.apply(W_FD, row_N, column_N, weight_N)
+
+
+def active_set_loss(W_FD: Tensor, lists_BL: Tensor) -> Tensor:
+    """Mean over tokens of (1/n) Σ_{i≠j active} (w_i·w_j)², n the number of active features, which
+    are listed from 1 on. Time O(B·L²·D), on a CPU O(B·n²·D)."""
+    if W_FD.device.type == "cpu":  # a GPU would have to be waited for
+        row_N, column_N, sum_N = cofiring_sums(lists_BL, len(W_FD), 0.0)
+        return PairPotential.apply(W_FD, row_N, column_N, sum_N / len(lists_BL))
+    V_FD = nn.functional.pad(W_FD, (0, 0, 1, 0))  # 0 is no feature
+    V_BLD = V_FD.index_select(0, lists_BL.flatten()).view(*lists_BL.shape, W_FD.shape[1])
+    gram_BLL = V_BLD @ V_BLD.mT
+    gram_BLL = gram_BLL - torch.diag_embed(gram_BLL.diagonal(dim1=1, dim2=2))
+    n_B = (lists_BL > 0).sum(1).clamp(min=1)
+    return (gram_BLL.square().sum((1, 2)) / n_B).mean()
+
+
+def frame_loss(W_FD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """L_dir = (D/F²) Σ_{i≠j} (w_i·w_j)² of all pairs alike. F unit vectors have at least 1 − D/F
+    (Welch bound). Its products take factors of `dtype`, W's own unless told."""
     F, D = W_FD.shape
-    return FramePotential.apply(W_FD, groups_GM, share_G, dtype or W_FD.dtype) * (D / F**2)
-
-
-def by_group(W_FD: Tensor, groups_GM: Tensor) -> Tensor:
-    """Rows of each group [G, M, D]; `W_FD[groups_GM]` takes two to three times as long."""
-    return W_FD.index_select(0, groups_GM.flatten()).view(*groups_GM.shape, -1)
-
-
-class FramePotential(torch.autograd.Function):
-    """Σ_{i≠j} ω_ij (w_i·w_j)² without the F × F Gram matrix; ω = 1 − s_g inside group g, else 1.
-
-    ‖WᵀW‖_F² counts all pairs, so the diagonal Σ‖w_i‖⁴ and what the groups share is taken away:
-    Σ_{i≠j} ω_ij (w_i·w_j)² = ‖WᵀW‖_F² − Σ‖w_i‖⁴ − Σ_g s_g (‖W_g W_gᵀ‖_F² − Σ_{i∈g}‖w_i‖⁴).
-    Time O(F·D·(D + M)), memory O(F·D). Frame potential: Benedetto and Fickus 2003. Products
-    are in `dtype`, to which V is W rounded; the rest keeps W's own.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, W_FD: Tensor, groups_GM: Tensor | None, share_G: Tensor | None,
-                dtype: torch.dtype) -> Tensor:
-        V_FD = W_FD.to(dtype)
-        gram_DD = (V_FD.T @ V_FD).to(W_FD.dtype)
-        square_F = torch.linalg.vector_norm(W_FD, dim=1).square()
-        weight_F = torch.ones_like(square_F)  # of a row's own square in the gradient
-        total = gram_DD.square().sum()
-        gram_GMM = None
-        if groups_GM is not None:
-            V_GMD = by_group(V_FD, groups_GM)
-            gram_GMM = share_G[:, None, None] * (V_GMD @ V_GMD.mT).to(W_FD.dtype)
-            total = total - (gram_GMM.square().sum((1, 2)) / share_G.where(share_G != 0, 1)).sum()
-            weight_F[groups_GM] -= share_G[:, None]
-        total = total - (weight_F * square_F.square()).sum()
-        mean = gram_DD.diagonal().mean()
-        gram_DD.diagonal().sub_(mean)  # mostly a multiple of I, which need not go through rounding
-        ctx.save_for_backward(W_FD, V_FD, gram_DD, gram_GMM, groups_GM, weight_F * square_F - mean)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        W_FD, V_FD, gram_DD, gram_GMM, groups_GM, own_F = ctx.saved_tensors
-        out_FD = (V_FD @ gram_DD.to(V_FD.dtype)).to(W_FD.dtype)
-        out_FD.addcmul_(W_FD, own_F[:, None], value=-1)
-        if groups_GM is not None:
-            within_FD = (gram_GMM.to(V_FD.dtype) @ by_group(V_FD, groups_GM)).flatten(0, 1)
-            out_FD.sub_(within_FD.index_select(0, groups_GM.flatten().argsort()))
-        return out_FD.mul_(4 * grad), None, None, None
+    return FramePotential.apply(W_FD, dtype or W_FD.dtype) * (D / F**2)
 
 
 def gram_encoder_loss(W_FD: Tensor) -> Tensor:
     """‖W Wᵀ − I‖_F² · D/F² of the encoder, a penalty on its Gram matrix in L_dir's units."""
     F, D = W_FD.shape
     return ((W_FD.T @ W_FD).square().sum() - 2 * W_FD.square().sum() + F) * (D / F**2)
-
-
-def max_cosine_loss(W_FD: Tensor, generator: torch.Generator, chunk: int = 8192) -> Tensor:
-    """OrtSAE (arXiv 2509.22033): mean over features of (max_{j≠i} w_i·w_j)² within random chunks.
-
-    The nearest neighbour is found without a gradient; the loss is then one product a feature.
-    """
-    order = to_device(torch.randperm(len(W_FD), generator=generator), W_FD.device)
-    nearest = torch.empty_like(order)
-    with torch.no_grad():
-        for part in order.chunk(math.ceil(len(order) / chunk)):
-            for rows in part.split(1024):
-                cosine = W_FD[rows] @ W_FD[part].T
-                cosine.masked_fill_(rows[:, None] == part, -math.inf)
-                nearest[rows] = part[cosine.argmax(dim=1)]
-    chosen_FD = W_FD.index_select(0, nearest)  # W_FD[nearest]'s gradient would add in any order
-    return torch.linalg.vecdot(W_FD, chosen_FD).square().mean()
 
 
 def use_loss(mean_KF: Tensor, running_KF: Tensor, share_F: Tensor | None = None) -> Tensor:
@@ -538,27 +539,33 @@ class CustomTrainer:
     α lives here, as `trainer.alpha`: the step reads it and `trainer.config` reports it. λ is moved
     by a controller so that L0 meets the target. Dead features (silent for `resample_every` steps)
     get the direction of what is reconstructed worst (after Bricken et al. 2023). What changes
-    during training is in `state`, the sketch, the SAE and the optimizer. Randomness depends on seed
-    and step alone.
+    during training is in `state`, the SAE and the optimizer. Randomness depends on seed and step
+    alone.
     """
 
     USE_MEMORY = 0.98  # of the running means, a step
-    SKETCH_MEMORY = 0.5  # a regrouping
+    ROOM = 6  # of a token's list, over the target L0; with more active features it is not counted
+    JUDGED = 15  # strongest partners, with which a feature's κ is taken
 
     def __init__(self, config: CustomSAEConfig, sae: CustomSAE, seed: int, n_domains: int = 2,
                  processes: Processes | None = None):
         self.row, self.sae, self.seed, self.n_domains = config, sae, seed, n_domains
         self.processes = processes or Processes()
         self.alpha = config.alpha
+        self.first_grouping = max(1, round(config.ramp_fraction * config.steps))
+        self.room = min(sae.d_sae, math.ceil(self.ROOM * config.target_l0))
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, fused=True)
         state = {
             "use_KF": torch.zeros(n_domains, sae.d_sae),  # running mean activations by domain
             "use_weight": torch.zeros(()),
             "silent_F": torch.zeros(sae.d_sae, dtype=torch.long),  # steps since a feature fired
-            "groups_GM": torch.arange(sae.d_sae).view(-1, config.group_size),
+            "pair_row_N": torch.zeros(0, dtype=torch.long),  # of features that fire together
+            "pair_column_N": torch.zeros(0, dtype=torch.long),
+            "pair_weight_N": torch.zeros(0),  # ω_ij (1 − s_ij)
             # until features are grouped nobody knows what must not be shared
-            **{name: torch.full((sae.d_sae // config.group_size,), config.share_max)
-               for name in Sharing._fields},
+            "share_F": torch.full((sae.d_sae,), config.share_use),
+            # active features of this process's tokens, from 1 on, since counting began
+            "lists_RL": torch.zeros(0, self.room, dtype=torch.int32),
             "log_sparsity": torch.tensor(math.log(config.sparsity_penalty), dtype=torch.float64),
             "l0": torch.tensor(2.0 * config.target_l0, dtype=torch.float64),  # running
             "l_dir": torch.zeros(()),
@@ -566,10 +573,8 @@ class CustomTrainer:
         }
         self.device = sae.W_dec.device
         self.state = {name: part.to(self.device) for name, part in state.items()}
-        self.sketch = CoactivationSketch(sae.d_sae, config.sketch_size, self.device)
         self.step_count, self.numbers = 0, Readings({})  # which the last step gave
         self.history: list[dict[str, Any]] = []
-        self.kappa_random = random_condition_number(config.group_size, sae.d_in)
         self.direction_dtype = faster_dtype(self.device)
 
     @property
@@ -598,7 +603,8 @@ class CustomTrainer:
         self.update_use_(seen)
         self.update_activity_(z_BD, code, seen)
         self.step_count += 1
-        self.regroup_if_due_()
+        if self.is_grouping(self.step_count):
+            self.regroup_()
         return self.numbers
 
     def code(self, z_BD: Tensor) -> Code | DenseCode:
@@ -624,10 +630,10 @@ class CustomTrainer:
     def terms(self, z_BD: Tensor, code: Code | DenseCode, seen: Seen) -> Terms:
         n = len(z_BD) * self.processes.size
         return Terms((z_BD - code.z_hat_BD).norm(dim=1).sum() / n, seen.l1,
-                     self.direction_term(seen.fired_F) / self.processes.size,
+                     self.direction_term(code, seen.fired_F) / self.processes.size,
                      self.use_term(seen.use_KF))
 
-    def direction_term(self, fired_F: Tensor) -> Tensor:
+    def direction_term(self, code: Code | DenseCode, fired_F: Tensor) -> Tensor:
         """L_dir with a gradient that turns the features that fired, and only these.
 
         Value and gradient are computed every `direction_every` steps and held in between, as
@@ -638,27 +644,36 @@ class CustomTrainer:
             return self.state["l_dir"]
         W_FD = self.sae.W_enc_FD if self.row.orthogonality == "gram_encoder" else self.sae.W_dec
         if self.step_count % self.row.direction_every == 0:
-            now = self.direction_now(W_FD)
+            now = self.direction_now(W_FD, code)
             self.state["l_dir"], self.state["pull_FD"] = now.detach(), torch.autograd.grad(
                 now, W_FD)[0]
+            if self.is_exact():  # of this process's tokens
+                for name in ("l_dir", "pull_FD"):
+                    self.processes.sum_(self.state[name].div_(self.processes.size))
         return HeldGradient.apply(W_FD, self.state["l_dir"], self.state["pull_FD"], fired_F)
 
-    def direction_now(self, W_FD: Tensor) -> Tensor:
+    def is_exact(self) -> bool:
+        """Whether L_dir is taken over active sets of the batch, not over partners."""
+        exact = self.row.exact or self.step_count < self.first_grouping
+        return exact and self.row.orthogonality == "adaptive"
+
+    def direction_now(self, W_FD: Tensor, code: Code | DenseCode) -> Tensor:
         if self.row.orthogonality == "gram_encoder":
             return gram_encoder_loss(W_FD)
         if self.row.orthogonality == "max_cosine":
             return max_cosine_loss(W_FD, randomness("chunks", self.seed, self.step_count))
         if self.row.orthogonality == "fixed":
-            return direction_loss(W_FD, dtype=self.direction_dtype)
-        return direction_loss(W_FD, self.state["groups_GM"], self.state["direction_G"],
-                              self.direction_dtype)
+            return frame_loss(W_FD, self.direction_dtype)
+        if self.is_exact():
+            tokens = max(1, self.row.exact_tokens // self.processes.size)
+            return active_set_loss(W_FD, code.lists(self.room)[:tokens])
+        return cofiring_loss(W_FD, *(self.state[f"pair_{name}_N"]
+                                     for name in ("row", "column", "weight")))
 
     def use_term(self, use_KF: Tensor) -> Tensor:
         if self.row.orthogonality != "adaptive" or not self.row.eta:
             return torch.zeros((), device=self.device)
-        groups_GM, share_F = self.state["groups_GM"], torch.zeros_like(self.sae.b_enc)
-        share_F[groups_GM] = self.state["use_G"][:, None].expand(groups_GM.shape)
-        whole = use_loss(use_KF, self.running_use(), share_F)
+        whole = use_loss(use_KF, self.running_use(), self.state["share_F"])
         return whole - whole.detach() * (1 - 1 / self.processes.size)  # its gradient is a part
 
     def running_use(self) -> Tensor:
@@ -717,11 +732,12 @@ class CustomTrainer:
 
     @torch.no_grad()
     def update_activity_(self, z_BD: Tensor, code: Code | DenseCode, seen: Seen) -> None:
-        """Count silence, feed the co-activation sketch, and wake dead features when it is time."""
+        """Count silence, list what is active before a grouping, wake dead features when due."""
         row, t = self.row, self.step_count
         self.state["silent_F"].add_(1).masked_fill_(seen.fired_F, 0)
-        n = len(z_BD) * self.processes.size
-        self.sketch.add_(code, n, randomness("sketch", self.seed, t), self.processes.share(n))
+        ahead = range(t + 1, t + 1 + math.ceil(row.counted_tokens / row.batch_size))
+        if any(map(self.is_grouping, ahead)):
+            self.state["lists_RL"] = torch.cat([self.state["lists_RL"], code.lists(self.room)])
         if t % row.resample_every == 0 and 0 < t <= row.resample_fraction * row.steps:
             self.resample_(z_BD, code)
 
@@ -753,52 +769,50 @@ class CustomTrainer:
         self.forget_past_(dead)
 
     def forget_past_(self, features: Tensor) -> None:
-        """Newborn features have no past: no moments, silence, use or count of firing."""
+        """Newborn features have no past: no moments, silence, use, partners or lists."""
         for parameter in (self.sae.W_enc_FD, self.sae.b_enc, self.sae.W_dec):
             for name in ("exp_avg", "exp_avg_sq"):
                 self.optimizer.state[parameter][name][features] = 0
         self.state["silent_F"][features] = 0
         self.state["use_KF"][:, features] = 0
-        self.sketch.forget_(features)
+        born = torch.zeros(self.sae.d_sae + 1, dtype=torch.bool, device=self.device)
+        born[features + 1] = True  # as in lists
+        self.state["lists_RL"].masked_fill_(born[self.state["lists_RL"].long()], 0)
+        either_N = born[self.state["pair_row_N"] + 1] | born[self.state["pair_column_N"] + 1]
+        self.state["pair_weight_N"].masked_fill_(either_N, 0)
 
-    def regroup_if_due_(self) -> None:
+    def is_grouping(self, step: int) -> bool:
         """First when α is at its full strength, whatever `regroup_every`: L_use begins with it."""
-        first = round(self.row.ramp_fraction * self.row.steps)
-        later = self.step_count > first and self.step_count % self.row.regroup_every == 0
-        if self.step_count == first or later:
-            self.regroup_()
+        later = self.first_grouping < step <= self.row.steps
+        return step == self.first_grouping or later and step % self.row.regroup_every == 0
 
     @torch.no_grad()
     def regroup_(self) -> None:
-        """Group features anew by co-activation and set what each group shares.
-
-        All modes do so, for the history's sake; only `adaptive` makes a difference of it.
-        """
+        """Find anew which features fire together and what they share: in all modes, for the
+        history's sake; only `adaptive` makes a difference of it."""
         self.check_finite(self.numbers)
-        row, use_KF, W_FD = self.row, self.running_use().cpu(), self.sae.W_dec.cpu()
-        self.gather_sketch_()
-        rows_FR = self.sketch.unit_rows().cpu()
-        groups = group_features(rows_FR, row.group_size, self.seed)
-        statistics = group_statistics(rows_FR, use_KF, W_FD, groups)
-        share = sharing(statistics, row.share_min, row.share_max, row.share_even, row.kappa_max,
-                        self.kappa_random)
-        for name, part in (("groups_GM", groups), *share._asdict().items()):
-            self.state[name] = self.processes.same_(part.to(self.device))
-        self.sketch.decay_(self.SKETCH_MEMORY)
-        kappa, direction = statistics.kappa_G, share.direction_G
-        curves = {"kappa_median": kappa.median(), "kappa_p90": kappa.quantile(0.9),
-                  "kappa_max": kappa.max(), "share_use": share.use_G.mean(),
-                  "share_mean": direction.mean(), "share_min": direction.min(),
-                  "share_max": direction.max(), "evenness": statistics.evenness_G.mean(),
-                  "coactivation": statistics.coactivation_G.mean()}
-        self.note({name: float(value) for name, value in curves.items()})
-
-    def gather_sketch_(self) -> None:
-        """What all have seen to the first; the others start from nothing."""
-        for part in vars(self.sketch).values():
-            self.processes.sum_(part)
-            if self.processes.rank:
-                part.zero_()
+        row, W_FD = self.row, self.sae.W_dec.cpu()
+        seen = firing(self.processes.gathered(self.state["lists_RL"]).cpu(), len(W_FD))
+        pairs = cofiring(seen, row.group_size)
+        kappa_F = partner_condition_numbers(W_FD, pairs.row_N, pairs.column_N, self.JUDGED)
+        kappa_random = random_condition_number(1 + self.JUDGED, self.sae.d_in)
+        spared_N, even_F = sharing(pairs, seen.fired_F, self.running_use().cpu(), kappa_F,
+                                   kappa_random, row.share_even)
+        spared_N *= row.share_direction
+        for name, part in (("pair_row_N", pairs.row_N), ("pair_column_N", pairs.column_N),
+                           ("pair_weight_N", (pairs.weight_N * (1 - spared_N)).float()),
+                           ("share_F", (row.share_use * even_F).float())):
+            self.state[name] = self.processes.as_first(part.to(self.device))
+        self.state["lists_RL"] = self.state["lists_RL"][:0].clone()
+        n_pairs = max(1, len(pairs.row_N))
+        self.note({name: float(value) for name, value in {
+            "kappa_median": kappa_F.median(), "kappa_p90": kappa_F.quantile(0.9),
+            "kappa_max": kappa_F.max(), "share_use": self.state["share_F"].mean(),
+            "share_mean": spared_N.sum() / n_pairs, "together": pairs.together_N.sum() / n_pairs,
+            "partners": len(pairs.row_N) / len(W_FD),
+            "held": pairs.weight_N.sum() / max(seen.n - 1, 1e-12),
+            "stability": stability(seen, row.group_size, every=max(1, len(W_FD) // 256)),
+        }.items()})
 
     def note(self, values: Mapping[str, float]) -> None:
         """A line of the training curves."""
@@ -812,12 +826,11 @@ class CustomTrainer:
 
         Asked of all processes, given whole by the first.
         """
-        self.gather_sketch_()
         tensors = {f"sae.{name}": part for name, part in self.sae.state_dict().items()}
         tensors |= {f"adam.{i}.{name}": part for i, moments in
                     self.optimizer.state_dict()["state"].items() for name, part in moments.items()}
         tensors |= {f"state.{name}": part for name, part in self.state.items()}
-        tensors |= {f"sketch.{name}": part for name, part in vars(self.sketch).items()}
+        tensors["state.lists_RL"] = self.processes.gathered(self.state["lists_RL"])
         note = {"step_count": self.step_count, "alpha": self.alpha, "history": self.history}
         return tensors, note
 
@@ -825,17 +838,12 @@ class CustomTrainer:
     def load_state_dict(self, tensors: dict[str, Tensor], note: dict[str, Any]) -> None:
         for name, part in self.sae.state_dict().items():
             part.copy_(tensors[f"sae.{name}"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, part in tensors.items():
-            if name.startswith("adam."):
-                _, i, kind = name.split(".")
-                moments.setdefault(int(i), {})[kind] = part
+        moments = {i: {kind: tensors[f"adam.{i}.{kind}"] for kind in (
+            "step", "exp_avg", "exp_avg_sq")} for i, _ in enumerate(self.sae.parameters())}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         for name in self.state:
             self.state[name] = tensors[f"state.{name}"].to(self.device)
-        for name in vars(self.sketch):
-            part = tensors[f"sketch.{name}"].to(self.device)
-            setattr(self.sketch, name, torch.zeros_like(part) if self.processes.rank else part)
+        self.state["lists_RL"] = self.processes.own(self.state["lists_RL"])
         for name, value in note.items():
             setattr(self, name, value)
 

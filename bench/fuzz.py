@@ -91,7 +91,7 @@ def tensors_kind(folder: Path, tensors: dict, note: object) -> tuple[Path, Calla
 
 
 def checkpoint(folder: Path) -> tuple[Path, Callable]:
-    row = experiment.CustomSAEConfig(expansion=2, group_size=8, batch_size=64, sketch_size=16)
+    row = experiment.CustomSAEConfig(expansion=2, group_size=8, batch_size=64)
     sae = experiment.CustomSAE(16, 32, torch.Generator().manual_seed(0))
     trainer = experiment.CustomTrainer(row, sae, 0)
     trainer.step(torch.randn(64, 16), torch.arange(64) % 2)

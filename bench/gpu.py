@@ -35,19 +35,19 @@ PRODUCTS, FLOAT32, MEMORY = 600e12, 50e12, 3.35e12  # an H100's, as they can be 
 Work = Callable[[int], Any]
 
 
-def bound(d_sae: int, batch: int, d_in: int, listed: bool, sketch: int = 512) -> float:
+def bound(d_sae: int, batch: int, d_in: int, listed: bool) -> float:
     """Seconds that our step takes if products and memory run at full speed, one after the other.
 
-    Dense: five products and the sketch's, of bfloat16, and ten readings or writings of [B, F] in
-    between. Listed: one product, two readings, and a row of D numbers for each active feature of
-    each token in four sparse products. Either: 112 bytes a weight of both matrices' F·D for Adam,
-    unit rows, and copies in bfloat16.
+    Dense: five products of bfloat16, and ten readings or writings of [B, F] in between. Listed: one
+    product, two readings, and a row of D numbers for each active feature of each token in four
+    sparse products. Either: 112 bytes a weight of both matrices' F·D for Adam, unit rows, and
+    copies in bfloat16.
     """
     entry, weights = batch * d_sae, 112 * d_sae * d_in
     if listed:
         moved = 2 * 2 * entry + 4 * 2 * batch * ACTIVE * d_in
         return 2 * entry * d_in / PRODUCTS + (moved + weights) / MEMORY
-    return (10 * entry * d_in + 2 * entry * sketch) / PRODUCTS + (20 * entry + weights) / MEMORY
+    return 10 * entry * d_in / PRODUCTS + (20 * entry + weights) / MEMORY
 
 
 def peer_bound(d_sae: int, batch: int, d_in: int) -> float:

@@ -12,7 +12,8 @@ steps    our step against the plain dense one. It runs twice: in a process of it
          where it is kept. A third time in bfloat16: what of the ratio is the precision's.
 modes    what each orthogonality loss costs, as a ratio to off
 terms    L_dir without the F × F matrix against its definition
-grouping one grouping, and its part of training
+grouping one grouping, and its part of training. Features fire together by chance here, so few pairs
+         are kept; the counting is all there
 runs     seconds of each phase of the committed study
 peers    three rounds of bench/pipeline.py, where bench/peers.sh has installed them (SAE_PEERS)
 """
@@ -20,6 +21,7 @@ peers    three rounds of bench/pipeline.py, where bench/peers.sh has installed t
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
 import statistics
 import sys
@@ -36,9 +38,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pipeline
 from exchange import peer_python
 
-from experiment import MODES, RUNS, CustomSAE, CustomSAEConfig, CustomTrainer, direction_loss
+from experiment import (
+    MODES,
+    RUNS,
+    CustomSAE,
+    CustomSAEConfig,
+    CustomTrainer,
+    cofiring_loss,
+)
 from lab.distributed import keep_freed_memory
-from lab.grouping import group_features
 from lab.language_model import faster_dtype
 from lab.results.final_info import processor_name
 from lab.sparse import faster_screen
@@ -70,8 +78,21 @@ def trainer(mode: str, d_sae: int, screen: str | None = None) -> CustomTrainer:
     sae.initialize_biases_(BATCHES[0][0], ACTIVE)
     made = CustomTrainer(config, sae, 0)
     made.state["l0"].fill_(ACTIVE)
-    made.step_count = PERIOD  # past the first grouping
+    made.step_count = PERIOD
+    if mode == "adaptive":
+        group(made, lists(made))
     return made
+
+
+def lists(made: CustomTrainer) -> Tensor:
+    """What is active on as many tokens as are counted before a grouping."""
+    batches = (batch(PERIOD + i)[0] for i in range(math.ceil(made.row.counted_tokens / B)))
+    return torch.cat([made.code(z_BD).lists(made.room) for z_BD in batches])
+
+
+def group(made: CustomTrainer, lists_RL: Tensor) -> None:
+    made.state["lists_RL"] = lists_RL
+    made.regroup_()
 
 
 def stepper(made: CustomTrainer) -> Work:
@@ -161,34 +182,32 @@ def modes(d_sae: int, turns: int) -> list[str]:
             *(ratio(times[mode], times["off"]) for mode in MODES[1:])]
 
 
-def gram_loss(W_FD: Tensor, groups_GM: Tensor, share_G: Tensor) -> float:
+def gram_loss(W_FD: Tensor, row_N: Tensor, column_N: Tensor, weight_N: Tensor) -> float:
     """L_dir by its definition: the F × F matrix of cosines with its weights."""
-    F = len(W_FD)
     cosine_FF = W_FD @ W_FD.T
-    total = cosine_FF.square_().sum(dtype=torch.float64) - cosine_FF.diagonal().sum()
-    for group, share in zip(groups_GM, share_G):
-        block = cosine_FF[group][:, group]
-        total -= share * (block.sum() - block.diagonal().sum())
-    return float(total) * D / F**2
+    weight_FF = torch.zeros_like(cosine_FF)
+    weight_FF[row_N, column_N] = weight_N
+    return float((cosine_FF.square_() * weight_FF).sum(dtype=torch.float64))
 
 
 @torch.no_grad()
 def terms(d_sae: int, turns: int) -> list[str]:
-    W_FD = CustomSAE(D, d_sae, randomness("bench", d_sae)).W_dec
-    groups = torch.randperm(d_sae, generator=randomness("bench groups")).view(-1, 64)
-    share = torch.linspace(-8, 0.9, len(groups))
-    times = in_turns({"ours": (lambda _: direction_loss(W_FD, groups, share), 2),
-                      "gram": (lambda _: gram_loss(W_FD, groups, share), 1)}, turns)
-    return [f"{float(direction_loss(W_FD, groups, share)):.6f}",
-            f"{gram_loss(W_FD, groups, share):.6f}", ratio(times["gram"], times["ours"]),
-            f"{d_sae * d_sae * 4 / 1e6:.0f}", f"{(d_sae * D * 2 + d_sae * 64) * 4 / 1e6:.0f}"]
+    W_FD, M = CustomSAE(D, d_sae, randomness("bench", d_sae)).W_dec, CustomSAEConfig.group_size
+    row_N = torch.arange(d_sae).repeat_interleave(2 * M)  # as many pairs as there may be
+    column_N = torch.randint(d_sae, row_N.shape, generator=randomness("bench pairs"))
+    column_N = column_N.view(-1, 2 * M).sort(1).values.flatten()
+    pairs = row_N, column_N, torch.ones(len(row_N))
+    times = in_turns({"ours": (lambda _: cofiring_loss(W_FD, *pairs), 2),
+                      "gram": (lambda _: gram_loss(W_FD, *pairs), 1)}, turns)
+    return [f"{float(cofiring_loss(W_FD, *pairs)):.1f}", f"{gram_loss(W_FD, *pairs):.1f}",
+            ratio(times["gram"], times["ours"]), f"{d_sae * d_sae * 8 / 1e6:.0f}",
+            f"{(d_sae * D * 4 + len(row_N) * 28) / 1e6:.0f}"]
 
 
 def grouping(d_sae: int, turns: int) -> list[str]:
-    config = CustomSAEConfig()
-    rows_FR = torch.randn(d_sae, config.sketch_size, generator=randomness("bench rows"))
-    rows_FR /= config.sketch_size**0.5
-    times = in_turns({"grouping": (lambda _: group_features(rows_FR, config.group_size, 0), 1),
+    config, grouped = CustomSAEConfig(), trainer("adaptive", d_sae)
+    lists_RL = lists(grouped)
+    times = in_turns({"grouping": (lambda _: group(grouped, lists_RL), 1),
                       "step": (stepper(trainer("adaptive", d_sae)), PERIOD)}, turns)
     taken, each = (statistics.median(times[name]) for name in ("grouping", "step"))
     return [f"{taken:.2f}", f"{1e6 * taken / d_sae:.0f}",

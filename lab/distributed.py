@@ -81,6 +81,21 @@ class Processes:
         """What the first process has."""
         return self.together(dist.broadcast, part, src=0)
 
+    def as_first(self, part: Tensor) -> Tensor:
+        """What the first process has, where lists [N] may be of different lengths."""
+        length = int(self.same_(torch.tensor(len(part))))
+        return self.same_(torch.nn.functional.pad(part, (0, length - len(part))))
+
+    def gathered(self, part: Tensor) -> Tensor:
+        """What all have, one after the other; each must have as many rows."""
+        whole = part.new_zeros(len(part) * self.size, *part.shape[1:])
+        whole[self.share(len(whole))] = part
+        return self.sum_(whole)
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This process's part of what was gathered, from as many processes or others."""
+        return whole[self.share(len(whole))]
+
     def wait(self) -> None:
         self.sum_(torch.zeros(1))
 

@@ -1,4 +1,4 @@
-"""Groups of features that fire together, and how well conditioned they are."""
+"""The evaluation's groups of features that fire together, and how well conditioned they are."""
 
 import math
 from typing import NamedTuple
@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lab.device import to_device
-from lab.sparse import Code, DenseCode
+from lab.sparse import Code
 from lab.storage import randomness
 
 
@@ -21,33 +20,21 @@ class CoactivationSketch:
     entry of A costs one addition, whatever R is.
     """
 
-    def __init__(self, d_sae: int, size: int, device: torch.device | str = "cpu"):
-        self.sum_FR = torch.zeros(d_sae, size, device=device)
-        self.signs_R = torch.zeros(size, device=device)
-        self.fired_F = torch.zeros(d_sae, device=device)
-        self.tokens = torch.zeros((), device=device)
+    def __init__(self, d_sae: int, size: int):
+        self.sum_FR = torch.zeros(d_sae, size)
+        self.signs_R = torch.zeros(size)
+        self.fired_F = torch.zeros(d_sae)
+        self.tokens = torch.zeros(())
 
-    def add_(self, code: Code | DenseCode, n_tokens: int, generator: torch.Generator,
-             share: slice = slice(None)) -> None:
-        """Add the `share` of a batch of `n_tokens` that went into `code`."""
-        drawn = (torch.randint(0, n, (n_tokens,), generator=generator)[share]
-                 for n in (self.sum_FR.shape[1], 2))
-        column_B, coin_B = (to_device(part, self.sum_FR.device) for part in drawn)
+    def add_(self, code: Code, n_tokens: int, generator: torch.Generator) -> None:
+        """Add a batch of `n_tokens` that went into `code`."""
+        column_B, coin_B = (torch.randint(0, n, (n_tokens,), generator=generator)
+                            for n in (self.sum_FR.shape[1], 2))
         sign_B = coin_B * 2.0 - 1
         code.add_signs_(self.sum_FR, column_B, sign_B)
         self.signs_R.index_add_(0, column_B, sign_B)
         self.fired_F += code.counts(len(self.fired_F))
         self.tokens += len(sign_B)
-
-    def forget_(self, features: Tensor) -> None:
-        """Newborn features have fired on nothing."""
-        self.sum_FR[features] = 0
-        self.fired_F[features] = 0
-
-    def decay_(self, factor: float) -> None:
-        """Older batches count less: features move while they train."""
-        for part in vars(self).values():
-            part *= factor
 
     def unit_rows(self) -> Tensor:
         """Rows [F, R] of norm about one whose inner products estimate correlations of firing.
@@ -141,17 +128,17 @@ def group_features(rows_FR: Tensor, group_size: int, seed: int, branch: int = 12
     return torch.stack(divide(torch.arange(F)))
 
 
-def condition_numbers(W_FD: Tensor, groups_GM: Tensor, common: int = 0) -> Tensor:
-    """κ = σ_max/σ_min of each group's decoder rows, float64 [G]; 1 is best.
-
-    With `common`, that many of the largest singular values are left out.
-
-    From the eigenvalues of the M × M Gram matrices in float64. Linearly dependent rows, whose κ is
-    infinite, give 1e7, the largest value that the precision of the eigenvalues can tell.
-    """
+def condition_numbers(W_FD: Tensor, groups_GM: Tensor) -> Tensor:
+    """κ = σ_max/σ_min of each group's decoder rows, float64 [G]; 1 is best."""
     W_GMD = W_FD.detach().double()[groups_GM]
-    eigenvalues = torch.linalg.eigvalsh(W_GMD @ W_GMD.mT)
-    largest = eigenvalues[:, -1 - common].clamp(min=1e-300)
+    return gram_condition_numbers(W_GMD @ W_GMD.mT)
+
+
+def gram_condition_numbers(gram_GMM: Tensor) -> Tensor:
+    """The same from Gram matrices of rows, float64. Linearly dependent rows, whose κ is infinite,
+    give 1e7, the largest value that the precision of the eigenvalues can tell."""
+    eigenvalues = torch.linalg.eigvalsh(gram_GMM)
+    largest = eigenvalues[:, -1].clamp(min=1e-300)
     return (largest / torch.maximum(eigenvalues[:, 0], 1e-14 * largest)).sqrt()
 
 
@@ -162,29 +149,18 @@ def random_condition_number(group_size: int, d_in: int) -> float:
 
 
 class GroupStatistics(NamedTuple):
-    """What sharing is decided on, one value a group."""
+    """What is known of groups, one value a group."""
 
     coactivation_G: Tensor  # mean correlation of firing between members
-    evenness_G: Tensor  # 0 serves one domain only, 1 serves all alike
     kappa_G: Tensor  # condition number of the members' directions
-    kappa_own_G: Tensor  # σ_2/σ_min: the same without the direction that they have in common
 
 
-def group_statistics(
-    rows_FR: Tensor, use_KF: Tensor, W_FD: Tensor, groups_GM: Tensor
-) -> GroupStatistics:
-    """Co-activation from the sketch's rows, evenness from mean activations by domain, κ.
+def group_statistics(rows_FR: Tensor, W_FD: Tensor, groups_GM: Tensor) -> GroupStatistics:
+    """Co-activation from the sketch's rows, and κ.
 
-    Mean correlation of M rows: (‖Σ u‖² − Σ‖u‖²) / (M (M − 1)). Evenness of a group is
-    the least domain's share of its activation over the mean domain's, each domain's total being
-    one; it looks at the group as a whole, so that splitting a general feature into one copy for
-    each domain does not make its group less even.
+    Mean correlation of M rows: (‖Σ u‖² − Σ‖u‖²) / (M (M − 1)).
     """
     rows_GMR = rows_FR[groups_GM]
     M = groups_GM.shape[1]
     pairs = rows_GMR.sum(1).square().sum(1) - rows_GMR.square().sum((1, 2))
-    share_KG = (use_KF / use_KF.sum(1, keepdim=True).clamp(min=1e-12))[:, groups_GM].sum(-1)
-    mean_G = share_KG.mean(0)  # of a group that never fired nothing is known: it counts as even
-    evenness = torch.where(mean_G > 0, share_KG.min(0).values / mean_G.clamp(min=1e-12), 1.0)
-    kappas = (condition_numbers(W_FD, groups_GM, common) for common in (0, 1))
-    return GroupStatistics(pairs / (M * (M - 1)), evenness, *kappas)
+    return GroupStatistics(pairs / (M * (M - 1)), condition_numbers(W_FD, groups_GM))

@@ -21,10 +21,6 @@ class PaddedCode(Code):
         none_F = torch.zeros(d_sae, dtype=torch.long, device=self.value_N.device)
         return none_F.index_add(0, self.column_N, (self.value_N > 0).long())
 
-    def add_signs_(self, sum_FR: Tensor, column_B: Tensor, sign_B: Tensor) -> None:
-        place_N = self.column_N * sum_FR.shape[1] + column_B[self.row_N]
-        sum_FR.view(-1).index_add_(0, place_N, sign_B[self.row_N] * (self.value_N > 0))
-
 
 class ListedAutoencode(torch.autograd.Function):
     """z → (ẑ, active values, rows, columns): `SparseAutoencode` on a GPU.

@@ -29,6 +29,20 @@ class Code(NamedTuple):
         total = total.index_add(0, index_N, self.value_N)
         return total.view(n_domains, d_sae), self.value_N.sum()
 
+    def lists(self, room: int) -> Tensor:
+        """Each token's active features [B, room] from 1 on, int32; 0 where there are no more. A
+        token that has more than `room` of them has an empty list."""
+        B, fires_N = len(self.z_hat_BD), self.value_N > 0
+        count_B = torch.zeros(B, dtype=torch.long, device=self.row_N.device)
+        count_B = count_B.index_add(0, self.row_N, fires_N.long())
+        rank_N = torch.arange(len(self.row_N), device=self.row_N.device)
+        rank_N = rank_N - (count_B.cumsum(0) - count_B).index_select(0, self.row_N)
+        place_N = self.row_N * room + rank_N
+        place_N = place_N.where(fires_N & (rank_N < room), B * room)  # beside the lists
+        lists = torch.zeros(B * room + 1, dtype=torch.int32, device=self.row_N.device)
+        lists = lists.index_copy(0, place_N, self.column_N.int() + 1)[:-1].view(B, room)
+        return lists.masked_fill(count_B[:, None] > room, 0)
+
     def add_signs_(self, sum_FR: Tensor, column_B: Tensor, sign_B: Tensor) -> None:
         """Add each token's sign, in its column, to the rows of the features that fire on it."""
         place_N = self.column_N * sum_FR.shape[1] + column_B[self.row_N]
@@ -51,10 +65,12 @@ class DenseCode(NamedTuple):
         total_KF = (is_KB.to(self.f_BF.dtype) @ self.f_BF).float()
         return total_KF, total_KF.sum()
 
-    def add_signs_(self, sum_FR: Tensor, column_B: Tensor, sign_B: Tensor) -> None:
-        """Its products are exact: sums of ones, fewer than a half precision number counts."""
-        is_BR = column_B[:, None] == torch.arange(sum_FR.shape[1], device=column_B.device)
-        sum_FR += self.fires_BF.T @ (is_BR * sign_B[:, None]).to(self.fires_BF.dtype)
+    def lists(self, room: int) -> Tensor:
+        value_BL, column_BL = self.f_BF.topk(min(room, self.f_BF.shape[1]))
+        lists = (column_BL.int() + 1).masked_fill(value_BL <= 0, 0)
+        lists = nn.functional.pad(lists, (0, room - lists.shape[1]))
+        count_B = self.fires_BF.sum(1, dtype=torch.float32)
+        return lists.masked_fill(count_B[:, None] > room, 0)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def small_config():
     """A trainer's row for tests: small, quick, two domains."""
     return experiment.CustomSAEConfig(
         purpose="test", expansion=4, group_size=8, steps=60, batch_size=256, target_l0=8.0,
-        warmup_steps=5, regroup_every=20, resample_every=20, sketch_size=64, log_every=10)
+        warmup_steps=5, regroup_every=20, resample_every=20, counted_tokens=2048, log_every=10)
 
 
 @pytest.fixture(scope="session")

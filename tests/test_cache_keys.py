@@ -115,11 +115,13 @@ READ = {"activations", "contexts-ask", "contexts-learn", "sink-norm", "heldout",
 
 @pytest.mark.parametrize(("file", "old", "new", "expected"), [
     # of an experiment
-    ("experiment.py", "(statistics.evenness_G / share_even)", "(statistics.evenness_G / 2)",
+    ("experiment.py", "(1 - pairs.together_N) * both", "(2 - pairs.together_N) * both",
      {"training"}),
     ("experiment.py", "(1 - pure_F)).sum()", "(2 - pure_F)).sum()", {"training"}),
-    ("experiment.py", "total = total - (weight_F * square_F.square()).sum()",
-     "total = total - (weight_F * square_F).sum()", {"training"}),
+    ("lab/pairs.py", "gram_DD.square().sum() - square_F.square().sum()",
+     "gram_DD.square().sum() - square_F.sum()", {"training"}),
+    ("lab/pairs.py", "share_RF = scipy.sparse.csr_matrix((1 / n_R[token_N]",
+     "share_RF = scipy.sparse.csr_matrix((2 / n_R[token_N]", {"training"}),
     ("experiment.py", "USE_MEMORY = 0.98", "USE_MEMORY = 0.99", {"training"}),
     ("lab/shards.py", "keep = substrate.is_plain(x_NTD).cpu()",
      "keep = substrate.is_plain(2 * x_NTD).cpu()", {"activations", "training"}),
@@ -138,7 +140,7 @@ READ = {"activations", "contexts-ask", "contexts-learn", "sink-norm", "heldout",
     ("lab/sparse.py", "limit_F -= 6 * sigma_F", "limit_F -= 7 * sigma_F",
      {"training", "yardstick", *RESULTS}),
     ("lab/grouping.py", "free = i < rounds - 2", "free = i < rounds - 3",
-     {"training", "results/conditioning-0"}),
+     {"results/conditioning-0"}),
     ("lab/language_model.py", "tracer.stop()", "pass", {"training", "yardstick", *READ, *RESULTS}),
     ("lab/substrates/__init__.py", "SINK_FACTOR = 10.0", "SINK_FACTOR = 20.0",
      {"training", "yardstick", *READ - {"questions"}, *RESULTS}),
@@ -404,6 +406,6 @@ def test_the_watch_notices_what_a_key_lacks(job, watch, monkeypatch):
     monkeypatch.setattr(ex, "code_digest", lambda *_, **__: code_digest(ex.CustomSAE))
     assert job("run_2") == 0
     missing = {name for names in watch.missing()["training"] for name in names}
-    assert {"experiment.direction_loss", "experiment.CustomTrainer.step",
-            "lab.grouping.group_features"} <= missing
+    assert {"experiment.cofiring_loss", "experiment.CustomTrainer.step",
+            "lab.pairs.cofiring_sums"} <= missing
     assert "experiment.CustomSAE.normalize_decoder_" not in missing

@@ -15,24 +15,21 @@ from lab.substrates.texts import SIZES
 BAD_VALUES = [  # alone, whatever it is trained on: field, value, what would be right
     ("orthogonality", "strong", "use off, fixed, adaptive, max_cosine, gram_encoder"),
     *((name, 0, "use at least 1") for name in (
-        "steps", "batch_size", "expansion", "sketch_size", "n_seeds", "log_every",
-        "direction_every", "regroup_every", "resample_every", "checkpoint_every")),
+        "steps", "batch_size", "expansion", "group_size", "n_seeds", "log_every",
+        "counted_tokens", "exact_tokens", "direction_every", "regroup_every", "resample_every",
+        "checkpoint_every")),
     *((name, -1, "use at least 0") for name in ("alpha", "eta", "warmup_steps", "first_seed")),
     *((name, 0.0, "use more than 0") for name in (
         "learning_rate", "target_l0", "sparsity_penalty", "sparsity_rate", "share_even")),
     *((name, 1.5, "use a part, from 0 to 1") for name in (
-        "ramp_fraction", "decay_fraction", "resample_fraction")),
-    ("group_size", 1, "use at least 2"), ("kappa_max", 1.0, "use more than 1"),
-    ("share_max", 1.5, "use at least share_min=-8.0 and at most 1"),
-    ("share_max", -9.0, "use at least share_min=-8.0 and at most 1"),
+        "ramp_fraction", "decay_fraction", "resample_fraction", "share_direction", "share_use")),
     ("log_every", 601, "use at most steps=600"),
     ("steps", 10.0, "use a whole number"), ("steps", "600", "use a whole number"),
     ("alpha", math.nan, "use a finite number"), ("alpha", "0.1", "use a finite number"),
     ("learning_rate", math.inf, "use a finite number"), ("eta", None, "use a finite number"),
 ]
 BAD_FITS = [  # on a model of width 512 with 30,000 tokens and two processes
-    ("group_size", 512, "use fewer than D=512"), ("group_size", 1024, "use fewer than D=512"),
-    ("group_size", 60, "use a divisor of F=4096"), ("target_l0", 4097.0, "use at most F=4096"),
+    ("group_size", 4096, "use fewer than F=4096"), ("target_l0", 4097.0, "use at most F=4096"),
     ("batch_size", 30_001, "use at most the 30000 tokens there are to train on"),
     ("batch_size", 2047, "use a multiple of the 2 processes"),
 ]
@@ -59,7 +56,7 @@ def test_a_value_that_does_not_fit_model_text_or_processes_is_named(name, value,
 
 
 def test_the_largest_values_that_fit_are_taken():
-    config = CustomSAEConfig(group_size=256, target_l0=4096.0, batch_size=30_000, log_every=600)
+    config = CustomSAEConfig(group_size=4095, target_l0=4096.0, batch_size=30_000, log_every=600)
     config.check_fits(d_in=512, tokens=30_000, n_processes=2)
 
 
@@ -121,7 +118,7 @@ def main(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("name", "value", "right"), [
     ("batch_size", 40_000, "use at most the 30000 tokens there are to train on"),
-    ("group_size", 100, "use a divisor of F=1152"), ("group_size", 1152, "use fewer than D=576"),
+    ("group_size", 1152, "use fewer than F=1152"),
     ("log_every", 200, "use at most steps=120"), ("steps", 0, "use at least 1"),
     ("target_l0", 2000.0, "use at most F=1152")])
 def test_a_bad_row_is_one_line_before_any_download(main, monkeypatch, name, value, right):

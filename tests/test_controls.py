@@ -19,7 +19,7 @@ import controls
 import top_features
 
 SMALL = dict(expansion=4, group_size=8, steps=12, batch_size=128, warmup_steps=2, n_seeds=1,
-             regroup_every=4, resample_every=6, log_every=6, target_l0=6.0, sketch_size=16)
+             regroup_every=4, resample_every=6, log_every=6, target_l0=6.0, counted_tokens=512)
 
 
 @pytest.fixture

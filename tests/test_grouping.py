@@ -1,4 +1,4 @@
-"""Grouping on planted structure; sharing and condition numbers by hand."""
+"""The evaluation's grouping on planted structure; condition numbers by hand."""
 
 import math
 
@@ -6,10 +6,8 @@ import pytest
 import torch
 from sklearn.metrics import adjusted_rand_score
 
-from experiment import sharing
 from lab.grouping import (
     CoactivationSketch,
-    GroupStatistics,
     assign_balanced,
     condition_numbers,
     group_features,
@@ -61,17 +59,6 @@ def test_inner_products_of_the_sketchs_rows_are_correlations_of_firing():
     torch.testing.assert_close(rows @ rows.T, torch.corrcoef(fires.T.float()), atol=0.08, rtol=0)
 
 
-def test_shares_of_a_batch_add_up_to_its_sketch():
-    fires = torch.rand(64, 8, generator=torch.Generator().manual_seed(0)) < 0.3
-    whole, parts = CoactivationSketch(8, 16), CoactivationSketch(8, 16)
-    add(whole, fires, torch.Generator().manual_seed(1))
-    for share in (slice(0, 32), slice(32, 64)):
-        row, column = fires[share].nonzero(as_tuple=True)
-        parts.add_(Code(row, row, row, column), 64, torch.Generator().manual_seed(1), share)
-    for name, part in vars(whole).items():
-        assert torch.equal(vars(parts)[name], part), name
-
-
 def test_features_that_fire_never_or_always_have_zero_rows():
     g = torch.Generator().manual_seed(0)
     fires = torch.rand(100, 4, generator=g) < 0.5
@@ -81,29 +68,6 @@ def test_features_that_fire_never_or_always_have_zero_rows():
     norm = sketch.unit_rows().norm(dim=1)
     assert norm[1:3].tolist() == [0, 0]
     assert float(norm[[0, 3]].min()) > 0.5
-
-
-def test_newborn_features_have_no_past():
-    g = torch.Generator().manual_seed(0)
-    sketch = CoactivationSketch(4, 64)
-    add(sketch, torch.rand(100, 4, generator=g) < 0.5, g)
-    others = sketch.unit_rows()[[0, 2]]
-    sketch.forget_(torch.tensor([1, 3]))
-    assert float(sketch.unit_rows()[[1, 3]].abs().max()) == 0
-    assert torch.equal(sketch.unit_rows()[[0, 2]], others)
-
-
-def test_after_decay_older_batches_count_by_its_factor():
-    g = torch.Generator().manual_seed(0)
-    batches = [torch.rand(100, 4, generator=g) < 0.5 for _ in range(2)]
-    decayed, first, second = (CoactivationSketch(4, 64) for _ in range(3))
-    add(decayed, batches[0], torch.Generator().manual_seed(1))
-    decayed.decay_(0.25)
-    add(decayed, batches[1], torch.Generator().manual_seed(2))
-    add(first, batches[0], torch.Generator().manual_seed(1))
-    add(second, batches[1], torch.Generator().manual_seed(2))
-    for name, part in vars(decayed).items():
-        torch.testing.assert_close(part, 0.25 * vars(first)[name] + vars(second)[name])
 
 
 # -- Groups --------------------------------------------------------------------------------------
@@ -181,17 +145,6 @@ def test_condition_numbers_by_hand():
     assert kappa[:2].tolist() == pytest.approx([1.0, math.sqrt(1.5 / 0.5)], rel=1e-6)
     assert kappa[2] == pytest.approx(1e7)  # dependent rows: the largest value that can be told
     assert torch.isfinite(condition_numbers(torch.zeros(4, 3), groups)).all()
-    assert condition_numbers(W[:, :2], torch.tensor([[0, 2]]), common=1).tolist() == [1.0]
-
-
-def test_a_common_direction_alone_is_no_bad_conditioning():
-    own = torch.eye(9)[1:]
-    shared = torch.nn.functional.normalize(own + 2 * torch.eye(9)[:1], dim=1)
-    groups = torch.arange(16).view(2, 8)
-    statistics = group_statistics(torch.ones(16, 2), torch.ones(2, 16), torch.cat([own, shared]),
-                                  groups)
-    assert statistics.kappa_own_G.tolist() == pytest.approx([1.0, 1.0], abs=1e-6)
-    assert statistics.kappa_G.tolist() == pytest.approx([1.0, math.sqrt(1 + 8 * 4)], rel=1e-5)
 
 
 def test_random_vectors_have_the_condition_number_that_is_said_of_them():
@@ -201,61 +154,7 @@ def test_random_vectors_have_the_condition_number_that_is_said_of_them():
     assert float(kappa.median()) == pytest.approx(random_condition_number(64, 576), rel=0.05)
 
 
-def test_coactivation_and_evenness_of_groups_by_hand():
+def test_coactivation_of_groups_by_hand():
     rows = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1]])
-    groups = torch.tensor([[0, 1], [2, 3]])
-    use = torch.tensor([[1.0, 1, 2, 0], [0, 2, 1, 1]])  # by domain, each sums to 4
-    even = group_statistics(rows, use, torch.eye(4), groups)
-    assert even.coactivation_G.tolist() == [1.0, 0.0]
-    assert even.evenness_G.tolist() == [1.0, 1.0]  # (2, 2) and (2, 2) of 4
-    use = torch.tensor([[3.0, 1, 0, 0], [0, 1, 1, 2]])
-    uneven = group_statistics(rows, use, torch.eye(4), groups)
-    assert uneven.evenness_G.tolist() == pytest.approx([0.25 / 0.625, 0.0])
-
-
-def test_a_group_that_never_fired_counts_as_even():
-    use = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0]])
-    statistics = group_statistics(torch.zeros(4, 2), use, torch.eye(4),
-                                  torch.tensor([[0, 1], [2, 3]]))
-    assert statistics.evenness_G.tolist() == [1.0, 1.0]
-
-
-# -- How much a group shares ---------------------------------------------------------------------
-
-
-def shares(evenness, kappa, even=1.0):
-    """How far groups share directions, `share_min` −8, `share_max` 0.9, limit twice the median."""
-    others = [0.1] * len(kappa), evenness, [100.0] * len(kappa)  # κ itself has no say
-    statistics = GroupStatistics(*(torch.tensor(part) for part in (*others, kappa)))
-    share = sharing(statistics, -8.0, 0.9, even, 2.0, 2.0)
-    for use, evenly in zip(share.use_G.tolist(), evenness):  # nor has any κ in use
-        assert use == pytest.approx(0.9 * min(1, evenly / even))
-    return pytest.approx(share.direction_G.tolist())
-
-
-def test_well_conditioned_groups_share_as_far_as_they_are_even():
-    assert shares([1.0, 0.5, 0.0], [2.0, 2.5, 1.0]) == [0.9, 0.45, 0.0]
-    assert shares([1.0, 0.6, 0.25], [2.0, 2.5, 1.0], even=0.5) == [0.9, 0.9, 0.45]
-
-
-def test_badly_conditioned_groups_are_pushed_apart_the_harder_the_worse():
-    """Beyond twice the median, 4: half of share_min at 5, all of it at 6 and beyond."""
-    assert shares([1.0, 1.0, 1.0], [2.0, 2.0, 5.0]) == [0.9, 0.9, -4.0]
-    assert shares([1.0, 1.0, 1.0], [2.0, 2.0, 1e7]) == [0.9, 0.9, -8.0]
-
-
-def test_no_group_is_blamed_for_what_all_have_or_random_vectors_have():
-    assert shares([1.0, 1.0, 1.0], [9.0, 9.0, 12.0]) == [0.9, 0.9, 0.9]
-    assert shares([1.0, 1.0, 1.0], [1.0, 1.0, 3.0]) == [0.9, 0.9, 0.9]
-
-
-def test_sharing_stays_within_its_bounds_and_bounds_of_zero_switch_it_off():
-    g = torch.Generator().manual_seed(0)
-    statistics = GroupStatistics(torch.randn(50, generator=g), torch.rand(50, generator=g),
-                                 torch.full((50,), 100.0), 1 + 9 * torch.rand(50, generator=g))
-    share = sharing(statistics, -2.0, 0.5, 1.0, 1.5, 2.0)
-    assert -2 <= float(share.direction_G.min()) < 0
-    assert 0 < float(share.direction_G.max()) <= 0.5
-    assert 0 <= float(share.use_G.min()) < float(share.use_G.max()) <= 0.5
-    off = sharing(statistics, 0.0, 0.0, 1.0, 1.5, 2.0)
-    assert all(part.abs().max() == 0 for part in off)
+    statistics = group_statistics(rows, torch.eye(4), torch.tensor([[0, 1], [2, 3]]))
+    assert statistics.coactivation_G.tolist() == [1.0, 0.0]

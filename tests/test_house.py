@@ -17,8 +17,8 @@ TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
 FLOORS = (  # from the top; who stands on one imports what stands lower
     ("experiment",),
     ("lab.evaluations", "lab.results"),
-    ("lab.grouping", "lab.sparse", "lab.kernels", "lab.language_model", "lab.substrates",
-     "lab.shards"),
+    ("lab.grouping", "lab.pairs", "lab.sparse", "lab.kernels", "lab.language_model",
+     "lab.substrates", "lab.shards"),
     ("lab.storage", "lab.distributed", "lab.device", "lab.console", "lab.code",
      "lab.settings", "lab"),
 )

@@ -1,59 +1,54 @@
 """Every loss against the explicit F × F computation and float64 autograd or finite differences."""
 
+import math
+
 import pytest
 import torch
 from torch.autograd import gradcheck
 
 from experiment import (
-    direction_loss,
+    active_set_loss,
+    cofiring,
+    cofiring_loss,
+    firing,
+    frame_loss,
     gram_encoder_loss,
     max_cosine_loss,
     use_loss,
 )
 from lab.storage import randomness
 
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 
-def plain_direction_loss(W, groups=None, share=None):
+
+def plain_frame_loss(W):
     F, D = W.shape
-    weight = torch.ones(F, F, dtype=W.dtype)
-    if groups is not None:
-        for members, s in zip(groups, share):
-            weight[members[:, None], members] = 1 - s
-    weight.fill_diagonal_(0)
-    return D / F**2 * (weight * (W @ W.T) ** 2).sum()
+    return D / F**2 * ((1 - torch.eye(F)) * (W @ W.T) ** 2).sum()
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("unit", [True, False])
-def test_direction_loss_and_gradient_are_those_of_the_whole_gram_matrix(seed, unit):
-    g = torch.Generator().manual_seed(seed)
-    W = torch.randn(24, 7, dtype=torch.float64, generator=g)
+def test_frame_loss_and_gradient_are_those_of_the_whole_gram_matrix(seed, unit):
+    W = torch.randn(24, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     W = torch.nn.functional.normalize(W, dim=1) if unit else W
-    groups = torch.randperm(24, generator=g).view(6, 4)
-    share = torch.rand(6, dtype=torch.float64, generator=g) * 9.9 - 9
-    share[0] = 0.0  # a group that shares nothing must not divide by its share
-    for args in ((), (groups, share)):
-        ours, plain = W.clone().requires_grad_(), W.clone().requires_grad_()
-        a, b = direction_loss(ours, *args), plain_direction_loss(plain, *args)
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
-        (3 * a).backward()
-        (3 * b).backward()
-        torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-10, atol=1e-12)
-    assert gradcheck(lambda w: direction_loss(w, groups, share), W.clone().requires_grad_())
+    ours, plain = W.clone().requires_grad_(), W.clone().requires_grad_()
+    a, b = frame_loss(ours), plain_frame_loss(plain)
+    torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    (3 * a).backward()
+    (3 * b).backward()
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-10, atol=1e-12)
+    assert gradcheck(frame_loss, W.clone().requires_grad_())
 
 
 @pytest.mark.parametrize(("spread", "tolerance"), [(1.0, 0.02), (0.1, 0.08)])
-def test_direction_loss_from_bfloat16_factors_turns_rows_the_same_way(generator, spread, tolerance):
+def test_frame_loss_from_bfloat16_factors_turns_rows_the_same_way(generator, spread, tolerance):
     """Value to a thousandth; what turns a row, that is the gradient across it, to two percent,
     and to eight where the rows are nearly a tight frame and hardly anything is left to turn."""
     bases = [torch.linalg.qr(torch.randn(64, 64, generator=generator))[0] for _ in range(8)]
     W = torch.nn.functional.normalize(
         torch.cat(bases) + spread * torch.randn(512, 64, generator=generator) / 8, dim=1)
-    groups = torch.randperm(512, generator=generator).view(16, 32)
-    share = torch.linspace(-8, 1, 16)
     exact, rounded = W.double().requires_grad_(), W.clone().requires_grad_()
-    a = direction_loss(exact, groups, share.double())
-    b = direction_loss(rounded, groups, share, torch.bfloat16)
+    a, b = frame_loss(exact), frame_loss(rounded, torch.bfloat16)
     assert b.dtype == torch.float32
     assert b.item() == pytest.approx(a.item(), rel=1e-3)
     a.backward()
@@ -63,9 +58,109 @@ def test_direction_loss_from_bfloat16_factors_turns_rows_the_same_way(generator,
     assert 0 < float(error.max()) < tolerance
 
 
-def test_a_tight_frame_reaches_the_floor_of_the_direction_loss():
+def test_a_tight_frame_reaches_the_floor_of_the_frame_loss():
     W = torch.cat([torch.eye(5, dtype=torch.float64)] * 3)  # three orthonormal bases
-    assert float(direction_loss(W)) == pytest.approx(1 - 5 / 15, abs=1e-12)
+    assert float(frame_loss(W)) == pytest.approx(1 - 5 / 15, abs=1e-12)
+
+
+# -- L_dir of features that fire together ----------------------------------------------------------
+
+
+def fired(fires):
+    """Lists of active features, from 1 on."""
+    return torch.where(fires, torch.arange(1, fires.shape[1] + 1), 0).int()
+
+
+def plain_cofiring(fires):
+    """ω [F, F], float64: mean over tokens of 1/n where both are active."""
+    a = fires.double()
+    omega = (a / a.sum(1, keepdim=True).clamp(min=1)).T @ a / len(a)
+    return omega.fill_diagonal_(0)
+
+
+@pytest.fixture
+def tokens(generator):
+    """Which of 20 features are active on 300 tokens: one always, one never, at least one."""
+    fires = torch.rand(300, 20, generator=generator) < torch.linspace(0.02, 0.5, 20)
+    fires[:, 4], fires[:, 11] = True, False
+    return fires
+
+
+def test_l_dir_of_all_pairs_and_of_active_sets_is_that_of_the_whole_gram_matrix(tokens, generator):
+    """Value and gradient, in float64; rows need not be of unit norm."""
+    W = torch.randn(20, 7, dtype=torch.float64, generator=generator)
+    pairs = cofiring(firing(fired(tokens), 20), 19, sure=-math.inf)
+    omega = plain_cofiring(tokens)
+    assert len(pairs.row_N) == int((omega > 0).sum())
+    losses = (lambda w: (omega * (w @ w.T) ** 2).sum(),
+              lambda w: cofiring_loss(w, pairs.row_N, pairs.column_N, pairs.weight_N),
+              lambda w: active_set_loss(w, fired(tokens)))
+    plain, *ours = [w.requires_grad_() for w in (W.clone(), W.clone(), W.clone())]
+    expected = losses[0](plain)
+    (3 * expected).backward()
+    for w, loss in zip(ours, losses[1:]):
+        value = loss(w)
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
+        (3 * value).backward()
+        torch.testing.assert_close(w.grad, plain.grad, rtol=1e-10, atol=1e-12)
+        assert gradcheck(loss, W.clone().requires_grad_())
+
+
+def test_l_dir_of_kept_pairs_leaves_out_the_others_and_weighs_each_by_what_is_not_shared(
+        tokens, generator):
+    W = torch.randn(20, 7, dtype=torch.float64, generator=generator)
+    pairs = cofiring(firing(fired(tokens), 20), 3, sure=0.0)
+    assert 20 < len(pairs.row_N) < 19 * 20 / 2
+    spared = torch.rand(20, 20, dtype=torch.float64, generator=generator)
+    spared = (spared + spared.T) / 2
+    weight = torch.zeros(20, 20, dtype=torch.float64)
+    weight[pairs.row_N, pairs.column_N] = plain_cofiring(tokens)[pairs.row_N, pairs.column_N]
+    ours, plain = W.clone().requires_grad_(), W.clone().requires_grad_()
+    a = cofiring_loss(ours, pairs.row_N, pairs.column_N,
+                      pairs.weight_N * (1 - spared[pairs.row_N, pairs.column_N]))
+    b = (weight * (1 - spared) * (plain @ plain.T) ** 2).sum()
+    torch.testing.assert_close(a, b)
+    a.backward()
+    b.backward()
+    torch.testing.assert_close(ours.grad, plain.grad)
+
+
+def test_without_pairs_and_without_active_features_l_dir_is_zero(generator):
+    W = torch.randn(6, 5, generator=generator, requires_grad=True)
+    pairs = cofiring(firing(torch.zeros(0, 4, dtype=torch.int32), 6), 3)
+    lonely = torch.tensor([[3, 0], [0, 0]], dtype=torch.int32)
+    for loss in (cofiring_loss(W, pairs.row_N, pairs.column_N, pairs.weight_N),
+                 active_set_loss(W, lonely), active_set_loss(W, lonely[1:])):
+        assert loss.item() == 0
+        assert float(torch.autograd.grad(loss, W)[0].abs().max()) == 0
+
+
+def test_features_that_fire_together_are_pushed_apart_and_those_that_never_do_are_not():
+    """Two pairs, each of nearly one direction: one of them fires together, the other in turns."""
+    g = torch.Generator().manual_seed(0)
+    W = torch.nn.functional.normalize(
+        torch.eye(2, 8).repeat_interleave(2, 0) + 0.05 * torch.randn(4, 8, generator=g), dim=1)
+    fires = torch.zeros(4000, 4, dtype=torch.bool)
+    on = torch.rand(4000, 1, generator=g) < 0.2
+    fires[:, :2] = on & (torch.rand(4000, 2, generator=g) < 0.8)
+    turn = torch.rand(4000, generator=g)
+    fires[:, 2], fires[:, 3] = turn < 0.2, turn > 0.8
+    pairs = cofiring(firing(fired(fires), 4), 3)
+    for loss in (lambda w: cofiring_loss(w, pairs.row_N, pairs.column_N, pairs.weight_N.float()),
+                 lambda w: active_set_loss(w, fired(fires))):
+        moved = W.clone().requires_grad_()
+        for _ in range(200):
+            gradient = torch.autograd.grad(loss(moved), moved)[0]
+            assert float(gradient[:2].norm(dim=1).min()) > 0
+            assert float((moved[2] @ moved[3]).detach()) > 0.9
+            moved = torch.nn.functional.normalize(moved - gradient, dim=1).detach()
+            moved.requires_grad_()
+        assert float(W[0] @ W[1]) > 0.9
+        assert abs(float((moved[0] @ moved[1]).detach())) < 0.1
+        torch.testing.assert_close(moved[2] @ moved[3], W[2] @ W[3], atol=0.02, rtol=0)
+
+
+# -- The other losses ------------------------------------------------------------------------------
 
 
 def test_gram_encoder_loss_equals_that_of_the_whole_gram_matrix(generator):

@@ -193,12 +193,25 @@ def test_features_are_counted_where_they_fire(code, activations):
 
 
 @pytest.mark.parametrize("code", [listed, dense, lambda f: dense(f.bfloat16())])
-def test_each_token_adds_its_sign_to_its_column_of_what_fires_on_it(code, activations, generator):
+def test_each_token_lists_what_fires_on_it_or_nothing_where_that_is_too_much(code, activations):
+    f, _ = activations
+    for room in (50, 14):
+        lists = code(f).lists(room)
+        assert lists.shape == (60, room)
+        for row, one in zip(f, lists.tolist()):
+            fires = [i + 1 for i in row.nonzero().squeeze(1).tolist()]
+            expected = fires if len(fires) <= room else []
+            assert sorted(one) == [0] * (room - len(expected)) + expected
+            assert all(one[: len(expected)])  # no gaps
+        assert room == 50 or 0 < int((lists[:, 0] == 0).sum()) < 60
+
+
+def test_each_token_adds_its_sign_to_its_column_of_what_fires_on_it(activations, generator):
     f, _ = activations
     column = torch.randint(0, 5, (60,), generator=generator)
     sign = torch.randint(0, 2, (60,), generator=generator) * 2.0 - 1
     sums = torch.full((40, 5), 0.5)
-    code(f).add_signs_(sums, column, sign)
+    listed(f).add_signs_(sums, column, sign)
     for r in range(5):
         expected = ((f > 0) * sign[:, None])[column == r].sum(0) + 0.5
         assert torch.equal(sums[:, r], expected)

@@ -14,11 +14,13 @@ from experiment import (
     CustomSAE,
     CustomSAEConfig,
     CustomTrainer,
+    active_set_loss,
     checkpoint_due,
-    direction_loss,
+    frame_loss,
     use_loss,
 )
 from lab.console import UserError
+from lab.distributed import Processes
 from lab.storage import randomness, read_tensors, write_tensors
 
 TERMS = ("fit", "l1", "l_dir", "l_use")
@@ -108,7 +110,7 @@ def test_alpha_is_read_once_a_step(small_config, mode):
         assert trainer.alpha_reads == 1
 
 
-class Pretended:
+class Pretended(Processes):
     """One of two processes, each a thread of its own; what is summed is met at a barrier."""
 
     size, device = 2, torch.device("cpu")
@@ -186,18 +188,16 @@ def plain_direction(W, trainer):
         return (cosine - 9 * identity).max(dim=1).values.square().mean()
     if mode == "gram_encoder":
         return (cosine - identity).square().sum() * D / F**2
-    weight = 1 - identity
     if mode == "adaptive":
-        for group, s in zip(state["groups_GM"], state["direction_G"].double()):
-            weight[group[:, None], group] *= 1 - s
-    return (weight * cosine.square()).sum() * D / F**2
+        weight = torch.zeros(F, F, dtype=torch.float64)
+        weight[state["pair_row_N"], state["pair_column_N"]] = state["pair_weight_N"].double()
+        return (weight * cosine.square()).sum()
+    return ((1 - identity) * cosine.square()).sum() * D / F**2
 
 
 def plain_use(f, domain, trainer):
     """L_use by its definition: how much a feature is used has no slope, for which domain has."""
-    share = torch.zeros(f.shape[1], dtype=torch.float64)
-    for group, use in zip(trainer.state["groups_GM"], trainer.state["use_G"].double()):
-        share[group] = use
+    share = trainer.state["share_F"].double()
     forget, retain = (f[domain == k].mean(0) for k in (0, 1))
     both = forget + retain
     kept = (1 - share) * both.detach() / both.sum().detach()
@@ -237,9 +237,12 @@ def test_a_steps_gradients_equal_the_plain_dense_float64_ones(small_config, mode
         sae.b_enc[:9] = -10.0
     trainer.step_count, trainer.direction_dtype = 560, precision
     trainer.state["l0"].fill_(12.0)
-    trainer.state["groups_GM"] = torch.randperm(128, generator=randomness("groups")).view(16, 8)
-    trainer.state["direction_G"] = torch.linspace(-8, 0.9, 16)
-    trainer.state["use_G"] = torch.linspace(1, 0, 16)
+    weight = torch.rand(128, 128, generator=randomness("weights"))
+    weight = weight * weight.T * (weight.minimum(weight.T) > 0.7)
+    weight.fill_diagonal_(0)
+    row, column = weight.nonzero(as_tuple=True)
+    trainer.state |= {"pair_row_N": row, "pair_column_N": column,
+                      "pair_weight_N": weight[row, column], "share_F": torch.linspace(1, 0, 128)}
     assert trainer.is_sparse()
     assert trainer.ramp() == 1
     # L_use is taken at the running means: let them be this batch's
@@ -252,7 +255,7 @@ def test_a_steps_gradients_equal_the_plain_dense_float64_ones(small_config, mode
     along = (before["W_dec"].grad * before["W_dec"]).sum(1, keepdim=True)
     before["W_dec"].grad -= along.detach() * before["W_dec"].detach()
     terms = trainer.step(z, domain)
-    rounded = precision == torch.bfloat16 and mode in ("fixed", "adaptive")
+    rounded = precision == torch.bfloat16 and mode == "fixed"
     assert terms["loss"] == pytest.approx(loss.item(), rel=1e-3 if rounded else 1e-5)
     pull = trainer.alpha * trainer.state["pull_FD"].abs().max().item() if rounded else 0.0
     for name, part in sae.named_parameters():
@@ -270,7 +273,7 @@ def test_a_held_gradient_turns_features_as_the_one_that_was_computed(small_confi
     with torch.no_grad():
         trainer.sae.b_enc[:5] = -10.0  # silent
     fired_F = torch.arange(128) >= 5
-    term = trainer.direction_term(fired_F)
+    term = trainer.direction_term(None, fired_F)
     assert term.item() == pytest.approx(trainer.state["l_dir"].item())
     gradient = torch.autograd.grad(term, trainer.sae.W_dec)[0]
     assert torch.equal(gradient, pull_FD * fired_F[:, None])
@@ -281,15 +284,15 @@ def test_the_direction_term_lowers_the_frame_potential(small_config):
     potentials = {}
     for mode, alpha in (("off", 0.0), ("fixed", 0.5)):
         trainer, _ = run(dataclasses.replace(small_config, orthogonality=mode, alpha=alpha))
-        potentials[mode] = direction_loss(trainer.sae.W_dec).item()
+        potentials[mode] = frame_loss(trainer.sae.W_dec).item()
     assert potentials["fixed"] < potentials["off"] - 0.02
 
 
 def test_the_use_term_separates_use(small_config):
-    """Where nothing is shared. (All features of this small world are even enough to share.)"""
+    """Where nothing is shared."""
     l_use = {}
     for eta in (0.0, 10.0):
-        config = dataclasses.replace(small_config, alpha=0.1, eta=eta, share_max=0.0, steps=150)
+        config = dataclasses.replace(small_config, alpha=0.1, eta=eta, share_use=0.0, steps=150)
         use = run(config)[0].running_use()
         l_use[eta] = float(use_loss(use, use))
     assert l_use[10.0] < 0.5 * l_use[0.0]
@@ -380,10 +383,63 @@ def test_features_are_first_grouped_when_alpha_is_at_its_full_strength(small_con
 
 
 def test_the_use_term_begins_with_the_first_grouping(small_config):
-    config = dataclasses.replace(small_config, ramp_fraction=0.2, share_even=10.0)
+    config = dataclasses.replace(small_config, ramp_fraction=0.2)
     _, before = run(config, steps=12)
     _, after = run(config, steps=13)
     assert before["l_use"] == 0 < after["l_use"]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_l_dir_is_of_the_batchs_active_sets_until_features_are_grouped_or_throughout(
+        small_config, exact):
+    config = dataclasses.replace(small_config, exact=exact, exact_tokens=100, direction_every=1)
+    z, domain = planted_activations(8192)
+    trainer = new_trainer(config, z)
+    for t in range(20):
+        z_BD, domain_B = batch(z, domain, t)
+        sae = trainer.sae
+        with torch.no_grad():
+            lists = sae.dense_code(z_BD).lists(48)[:100]
+            expected = active_set_loss(sae.W_dec, lists).item()
+        of_active_sets = trainer.step(z_BD, domain_B)["l_dir"] == pytest.approx(expected, rel=1e-3)
+        assert of_active_sets == (exact or t < 12)
+    assert len(trainer.state["pair_row_N"]) > 128
+
+
+def test_l_dir_of_partners_is_most_of_that_of_active_sets(small_config):
+    """On tokens of its own, of an SAE that trains slowly, nothing being shared."""
+    config = dataclasses.replace(small_config, group_size=127, share_direction=0.0,
+                                 learning_rate=1e-6, counted_tokens=5120, regroup_every=40)
+    trainer, terms = run(config, steps=41)
+    z, _ = planted_activations(8192, seed=1)
+    with torch.no_grad():
+        lists = trainer.sae.dense_code(z).lists(48)
+        expected = active_set_loss(trainer.sae.W_dec, lists).item()
+    assert 0.5 * expected < terms["l_dir"] < expected  # pairs that are so by chance are not kept
+
+
+def test_before_a_grouping_the_last_tokens_are_listed_and_after_it_forgotten(small_config):
+    """Eight batches; before the first grouping, at step 12, and those at 40 and 60."""
+    config = dataclasses.replace(small_config, regroup_every=20, counted_tokens=2048)
+    z, domain = planted_activations(8192)
+    trainer, kept = new_trainer(config, z), []
+    for t in range(60):
+        trainer.step(*batch(z, domain, t))
+        kept.append(len(trainer.state["lists_RL"]) // 256)
+    window = [*range(1, 8), 0]
+    assert kept == [0] * 4 + window + window + [0] * 12 + window + [0] * 12 + window
+
+
+def test_a_grouping_tells_how_stable_and_how_complete_its_partners_are(small_config):
+    """In the planted world features fire together by what they share, in part at least."""
+    trainer, _ = run(dataclasses.replace(small_config, counted_tokens=5120))
+    for line in (line for line in trainer.history if "stability" in line):
+        assert 0 < line["stability"] <= 1
+        assert 0 < line["held"] <= 1
+        assert 0 < line["together"] < 1
+        assert 0 <= line["share_mean"] <= small_config.share_direction
+        assert 0 < line["partners"] <= 2 * small_config.group_size
+        assert 1 <= line["kappa_median"] <= line["kappa_p90"] <= line["kappa_max"]
 
 
 # -- New lives -------------------------------------------------------------------------------------
@@ -403,28 +459,29 @@ def test_dead_features_are_given_a_new_life(small_config):
 
 
 def test_newborn_features_have_no_past(small_config):
-    """No moments, silence, use, nor rows of the sketch: these are of the feature they were."""
+    """No moments, silence, use, partners nor places in lists: these are of the one they were."""
     z, domain = planted_activations(8192)
     trainer = new_trainer(small_config, z)
+    trainer.first_grouping = 16
     for t in range(15):
         trainer.step(*batch(z, domain, t))
     born = torch.tensor([3, 77])
     trainer.state["silent_F"][born] = small_config.resample_every
-    assert bool((trainer.sketch.sum_FR[born] != 0).any(1).all())
-    others = {name: part.clone() for name, part in (
-        ("sums", trainer.sketch.sum_FR), ("fired", trainer.sketch.fired_F),
-        ("use", trainer.state["use_KF"].T))}
+    listed = trainer.state["lists_RL"].clone()
+    of_born = (listed == 4) | (listed == 78)
+    assert {4, 78} <= set(listed.unique().tolist())
+    use = trainer.state["use_KF"].clone()
+    trainer.state |= {"pair_row_N": torch.tensor([2, 3, 9, 50]), "pair_weight_N": torch.ones(4),
+                      "pair_column_N": torch.tensor([3, 2, 77, 51])}
     z_BD, domain_B = batch(z, domain, 15)
     code = trainer.sae.dense_code(z_BD)
     with torch.no_grad():
         trainer.resample_(z_BD, code)
-    after = {"sums": trainer.sketch.sum_FR, "fired": trainer.sketch.fired_F,
-             "use": trainer.state["use_KF"].T}
     old = torch.ones(128, dtype=torch.bool)
     old[born] = False
-    for name, part in after.items():
-        assert float(part[born].abs().max()) == 0, name
-        assert torch.equal(part[old], others[name][old]), name
+    assert torch.equal(trainer.state["lists_RL"], listed.masked_fill(of_born, 0))
+    assert torch.equal(trainer.state["use_KF"], use * old)
+    assert trainer.state["pair_weight_N"].tolist() == [0, 0, 0, 1]
     assert trainer.state["silent_F"][born].tolist() == [0, 0]
     for parameter in (trainer.sae.W_enc_FD, trainer.sae.b_enc, trainer.sae.W_dec):
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -452,8 +509,47 @@ def test_a_checkpoint_continues_to_the_last_bit(small_config, tmp_path, mode):
         second.step(*batch(z, domain, t))
     a, b = whole.state_dict(), second.state_dict()
     assert a[1] == b[1]
+    assert len(first.state["lists_RL"]) > 0  # it was amid counting
     for name, part in a[0].items():
         assert torch.equal(part, b[0][name]), name
+
+
+def test_a_checkpoint_of_two_processes_continues_to_the_last_bit_with_two_and_goes_on_with_one(
+        small_config, tmp_path):
+    z, domain = planted_activations(8192)
+
+    def steps(trainer, first, last):
+        share = trainer.processes.share(256)
+        for t in range(first, last):
+            z_BD, domain_B = batch(z, domain, t)
+            trainer.step(z_BD[share], domain_B[share])
+        return trainer.state_dict()
+
+    def whole(processes):
+        return steps(new_trainer(small_config, z, processes=processes), 0, 45)
+
+    def begin(processes):
+        made = steps(new_trainer(small_config, z, processes=processes), 0, 37)
+        if not processes.rank:
+            write_tensors(tmp_path / "state.safetensors", *made)
+        return made
+
+    def go_on(processes):
+        trainer = new_trainer(small_config, z, processes=processes)
+        trainer.load_state_dict(*read_tensors(tmp_path / "state.safetensors"))
+        return steps(trainer, 37, 45)
+
+    (tensors, note), _ = in_two_threads(whole)
+    begun, _ = in_two_threads(begin)
+    assert len(begun[0]["state.lists_RL"]) == 5 * 256
+    (again, same), _ = in_two_threads(go_on)
+    assert same == note
+    for name, part in tensors.items():
+        assert torch.equal(part, again[name]), name
+    alone, line = go_on(Processes())
+    assert len(line["history"]) == len(note["history"])
+    assert line["history"][-1]["held"] == pytest.approx(note["history"][-1]["held"], rel=0.05)
+    torch.testing.assert_close(alone["sae.W_dec"], tensors["sae.W_dec"], rtol=0, atol=5e-3)
 
 
 def test_checkpoints_are_due_at_the_end_and_not_shortly_before_it():

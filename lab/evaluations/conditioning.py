@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from lab.evaluations.heldout import HeldOut
 from lab.grouping import (
     CoactivationSketch,
@@ -31,8 +29,7 @@ def evaluate_conditioning(sae: ExportedSAE, heldout: HeldOut) -> dict[str, Any]:
         sketch.add_(sae.code(x), len(x), randomness("held", i))
     rows_FR = sketch.unit_rows()
     groups = group_features(rows_FR, GROUP_SIZE, seed=0)
-    equal_use = torch.ones(1, sae.d_sae)
-    statistics = group_statistics(rows_FR, equal_use, sae.W_dec, groups)
+    statistics = group_statistics(rows_FR, sae.W_dec, groups)
     kappa = statistics.kappa_G
     quartiles = statistics.coactivation_G.argsort().tensor_split(4)
     return {
