@@ -106,7 +106,7 @@ class CustomSAEConfig(Settings):
     """Steps between two groupings; the first is when α has ramped up."""
     group_size: int = 64
     """Partners a feature: those with which it fires most beyond chance."""
-    counted_tokens: int = 32_768
+    counted_tokens: int = 16_384
     """Tokens before a grouping over which it is counted which features fire together."""
     exact_tokens: int = 256
     """Tokens of a batch over whose active features L_dir is taken until features are grouped."""
@@ -545,7 +545,7 @@ class CustomTrainer:
 
     USE_MEMORY = 0.98  # of the running means, a step
     ROOM = 6  # of a token's list, over the target L0; with more active features it is not counted
-    JUDGED = 15  # strongest partners, with which a feature's κ is taken
+    JUDGED = 7  # strongest partners, with which a feature's κ is taken
 
     def __init__(self, config: CustomSAEConfig, sae: CustomSAE, seed: int, n_domains: int = 2,
                  processes: Processes | None = None):
@@ -811,7 +811,7 @@ class CustomTrainer:
             "share_mean": spared_N.sum() / n_pairs, "together": pairs.together_N.sum() / n_pairs,
             "partners": len(pairs.row_N) / len(W_FD),
             "held": pairs.weight_N.sum() / max(seen.n - 1, 1e-12),
-            "stability": stability(seen, row.group_size, every=max(1, len(W_FD) // 256)),
+            "stability": stability(seen, row.group_size, every=max(1, len(W_FD) // 128)),
         }.items()})
 
     def note(self, values: Mapping[str, float]) -> None:

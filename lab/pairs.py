@@ -1,6 +1,7 @@
 """Pairs of features: how often they fire together, counted exactly, and sums over pairs."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,12 +35,12 @@ def firing(lists_RL: Tensor, d_sae: int) -> Firing:
 
 
 def cofiring_sums(lists_RL: Tensor, d_sae: int, least: float, every: int = 1,
-                  block: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
+                  block: int = 512) -> tuple[Tensor, Tensor, Tensor]:
     """Σ over tokens of 1/n where two features are both active, n the token's number of them.
 
     From the tokens' lists [R, L] (see `Code.lists`), for every `every`-th feature with all others:
     both features and their sum [N], float64, feature by feature, for sums above `least`. Exact: a
-    sparse product, `block` features at a time.
+    sparse product, `block` features at a time, several times at once.
     """
     lists_RL = lists_RL.cpu().numpy()
     token_N, place_N = lists_RL.nonzero()
@@ -47,15 +48,19 @@ def cofiring_sums(lists_RL: Tensor, d_sae: int, least: float, every: int = 1,
     shape, start_R = (len(lists_RL), d_sae), np.concatenate([[0], n_R.cumsum()])
     fires_RF = scipy.sparse.csr_matrix((np.ones(len(column_N)), column_N, start_R), shape)
     share_RF = scipy.sparse.csr_matrix((1 / n_R[token_N], column_N, start_R), shape)
-    fires_FR, parts = fires_RF.T.tocsr()[::every], []
-    for first in range(0, fires_FR.shape[0], block):
+    fires_FR = fires_RF.T.tocsr()[::every]
+
+    def sums_of(first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         sums = fires_FR[first : first + block] @ share_RF
         kept = np.flatnonzero(sums.data > least)
-        row_N = np.repeat(np.arange(sums.shape[0], dtype=np.int32), np.diff(sums.indptr))[kept]
-        parts.append(((row_N + first) * every, sums.indices[kept], sums.data[kept]))
+        row_N = np.repeat(np.arange(sums.shape[0]), np.diff(sums.indptr))[kept] + first
+        return row_N * every, sums.indices[kept], sums.data[kept]
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # scipy's product leaves Python alone
+        parts = list(pool.map(sums_of, range(0, fires_FR.shape[0], block)))
     row_N, column_N, sum_N = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts))
     other = (row_N != column_N).nonzero().squeeze(1)
-    return row_N[other].long(), column_N[other].long(), sum_N[other]
+    return row_N[other], column_N[other].long(), sum_N[other]
 
 
 def strongest(row_N: Tensor, strength_N: Tensor, most: int) -> Tensor:
