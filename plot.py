@@ -164,7 +164,7 @@ class Run:
             concave_envelope(*table.T, COSTS) for table in self.settings()]
 
     def kappas(self) -> list[np.ndarray]:
-        """Condition numbers of all groups by seed; null means singular, and counts as infinite."""
+        """Condition numbers of all sets of features by seed; null means singular, and counts as infinite."""
         lists = [seed.get("kappa") for seed in dicts(self.info, "conditioning", "per_seed")]
         arrays = [np.array([number(k) for k in ks]) for ks in lists if isinstance(ks, list) and ks]
         return [np.where(ks >= 1, ks, np.inf) for ks in arrays]
@@ -213,7 +213,7 @@ def read_history(path: Path) -> list[dict[str, float]]:
 def lacks(run: Run) -> list[str]:
     """What a reader of the figures would miss of this run."""
     parts = {key: math.isfinite(run.metric(key)[0]) for key in ("unlearning_area", *TABLE[:-1])}
-    parts |= {"unlearning settings": run.settings(), "group condition numbers": run.kappas(),
+    parts |= {"unlearning settings": run.settings(), "condition numbers": run.kappas(),
               "results by seed": run.by_seed("seed"), "training history": run.history}
     return [name for name, part in parts.items() if not part]
 
@@ -386,14 +386,14 @@ def frontier_panel(ax: Axes, runs: list[Run], title: str, detailed: bool) -> Non
 
 
 def kappa_panel(ax: Axes, runs: list[Run], title: str) -> None:
-    """Share of feature groups whose condition number is at most x."""
+    """Share of sets of features that fire together whose condition number is at most x."""
     finite = [k[np.isfinite(k)].max(initial=10) for run in runs for k in run.kappas()]
     grid = np.geomspace(1, min(max(finite, default=10), 1000), 300)
     for run in runs:
         if kappas := run.kappas():
             draw_line(ax, run, grid, *mean_stderr([(k[:, None] <= grid).mean(0) for k in kappas]))
     ax.set_xscale("log")
-    if finish(ax, title, "κ of a group (log scale)", "share of groups with κ ≤ x"):
+    if finish(ax, title, "κ of features that fire together (log scale)", "share with κ ≤ x"):
         ax.set_xticks(ticks := (1, 2, 3, 5, 10, 30, 100, 300, 1000), map(str, ticks))
         ax.minorticks_off()
         ax.set(xlim=(0.9, grid[-1]), ylim=(0, 1.02))
@@ -529,7 +529,7 @@ def overview(runs: list[Run]) -> Figure:
     top, bottom = fig.subfigures(2, 1, height_ratios=(3.9, height))
     left, middle, right = top.subplots(1, 3)
     frontier_panel(left, runs, "A  unlearning: more forgetting at equal cost ↑", False)
-    kappa_panel(middle, runs, "B  feature groups: further left is more orthogonal")
+    kappa_panel(middle, runs, "B  features that fire together: further left is better")
     probing_panel(right, runs, "C  few features hold a concept ↑")
     add_legend(top, runs)
     keys = ("unlearning_area", "area_gain", "kappa_median", "explained_variance", "ce_score",
@@ -544,7 +544,7 @@ FIGURES = {
     "unlearning_summary": partial(metric_rows, title="Unlearning", keys=tuple(METRICS)[:6]),
     "alpha_sweep": partial(sweep, setting="alpha", name="strength α"),
     "grouping_interval": partial(sweep, setting="regroup_every", name="steps between regroupings"),
-    "condition_numbers": partial(metric_rows, title="Condition numbers of groups of features",
+    "condition_numbers": partial(metric_rows, title="Condition numbers of features that fire together",
                                  keys=("kappa_median", "kappa_p90"), panel=kappa_panel),
     "sparse_probing": partial(metric_rows, title="How few features hold a concept",
                               keys=tuple(METRICS)[6:8], panel=probing_panel),
