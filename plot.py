@@ -164,7 +164,7 @@ class Run:
             concave_envelope(*table.T, COSTS) for table in self.settings()]
 
     def kappas(self) -> list[np.ndarray]:
-        """Condition numbers of all sets of features by seed; null means singular, and counts as infinite."""
+        """All condition numbers by seed; null means singular, and counts as infinite."""
         lists = [seed.get("kappa") for seed in dicts(self.info, "conditioning", "per_seed")]
         arrays = [np.array([number(k) for k in ks]) for ks in lists if isinstance(ks, list) and ks]
         return [np.where(ks >= 1, ks, np.inf) for ks in arrays]
@@ -544,7 +544,7 @@ FIGURES = {
     "unlearning_summary": partial(metric_rows, title="Unlearning", keys=tuple(METRICS)[:6]),
     "alpha_sweep": partial(sweep, setting="alpha", name="strength α"),
     "grouping_interval": partial(sweep, setting="regroup_every", name="steps between regroupings"),
-    "condition_numbers": partial(metric_rows, title="Condition numbers of features that fire together",
+    "condition_numbers": partial(metric_rows, title="κ of features that fire together",
                                  keys=("kappa_median", "kappa_p90"), panel=kappa_panel),
     "sparse_probing": partial(metric_rows, title="How few features hold a concept",
                               keys=tuple(METRICS)[6:8], panel=probing_panel),

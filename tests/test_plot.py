@@ -451,7 +451,7 @@ def test_a_run_without_a_part_is_drawn_without_it(tmp_path, monkeypatch, capsys)
     )
     assert code == 0
     assert notes_of(lines, "run_2") == [
-        "run_2: drawn without ce_score, unlearning settings, group condition numbers "
+        "run_2: drawn without ce_score, unlearning settings, condition numbers "
         "(missing or malformed)"
     ]
 
