@@ -6,19 +6,20 @@ Each row is a table line: means ± standard errors, and below it paired differen
 intervals to the vanilla SAEs of the same seeds, as in final_info.json.
 
 1. Rows of the study on six fresh seeds, and what the labels give without an SAE.
-2. Changed training, on the runs' own seeds: the use term alone; labels without meaning; the first
-   proposal at three strengths; SAEs that were never trained.
+2. Changed training, on the runs' own seeds: the baselines at other strengths; each term alone; the
+   first proposal; random partners; labels without meaning; SAEs that were never trained.
 
 Everything is kept in the cache. What a run or an interrupted call has left there is read.
 Environment variables are those of experiment.py.
 """
 
+import contextlib
 import copy
 import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+import experiment
 from experiment import (
     ActivationBuffer,
+    Cofiring,
     CustomSAEConfig,
     new_trainer,
     resolve_config,
@@ -39,6 +42,7 @@ from lab.code import CODE, Module
 from lab.console import Clock, UserError
 from lab.distributed import Interrupts, Processes, keep_freed_memory
 from lab.evaluations import Evaluated, evaluate
+from lab.pairs import Firing, in_both_orders
 from lab.results.final_info import Info, compare, flat_metrics, means_and_stderrs
 from lab.results.frontier import METRICS
 from lab.results.notes import headline
@@ -55,6 +59,11 @@ FRESH = {"run_8": "vanilla (run_8)", "run_4": "regroup 100 (run_4)", "run_9": "O
          "run_7": "fixed (run_7)", "run_3": "α 0.01 (run_3)"}
 CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
     "vanilla (run_8)": ("run_8", {}),
+    **{f"fixed, α {alpha}": ("run_7", {"alpha": alpha}) for alpha in (0.01, 0.025, 0.1, 0.2)},
+    **{f"OrtSAE, γ {gamma}": ("run_9", {"alpha": gamma}) for gamma in (0.05, 0.1, 0.5, 1.0)},
+    "OrtSAE, every step, no ramp": ("run_9", {"direction_every": 1, "ramp_fraction": 0.0}),
+    "active sets, no partners (run_2)": ("run_2", {"exact": True}),
+    "nothing shared (run_2)": ("run_2", {"share_direction": 0.0, "share_use": 0.0}),
     "use term alone (run_4)": ("run_4", {
         "alpha": FAINT, "eta": CustomSAEConfig.alpha * CustomSAEConfig.eta / FAINT}),
     **{f"first proposal, α {alpha}": ("run_7", {"orthogonality": "gram_encoder", "alpha": alpha})
@@ -84,6 +93,27 @@ class Mislabelled(ActivationBuffer):
         moved = torch.randperm(len(domains), generator=randomness("mislabelled", seed))
         return (self.acts_ND[index].float() / self.scale,
                 domains[moved[index // self.STRETCH]].long())
+
+
+@contextlib.contextmanager
+def random_partners() -> Iterator[None]:
+    """Meanwhile every grouping gives pairs of features that were drawn at random: as many as it
+    counted, with the same weights."""
+    counted = experiment.cofiring
+
+    def drawn(seen: Firing, group_size: int) -> Cofiring:
+        pairs, F = counted(seen, group_size), len(seen.fired_F)
+        once = pairs.row_N < pairs.column_N
+        row_N, column_N, *values = (part[once] for part in pairs)
+        column_N = torch.randperm(F, generator=randomness("random partners", seen.n))[column_N]
+        others = row_N != column_N
+        return Cofiring(*in_both_orders(*(part[others] for part in (row_N, column_N, *values))))
+
+    experiment.cofiring = drawn
+    try:
+        yield
+    finally:
+        experiment.cofiring = counted
 
 
 def row(run: str, **changes: Any) -> CustomSAEConfig:
@@ -121,10 +151,10 @@ class Bench:
             raise UserError("labels are moved in memory only; raise buffer_gigabytes")
         return bench
 
-    def saes(self, config: CustomSAEConfig) -> dict[int, ExportedSAE]:
-        """As a run of this row trains them, by seed."""
+    def saes(self, config: CustomSAEConfig, *own: str) -> dict[int, ExportedSAE]:
+        """As a run of this row trains them, by seed; `own` names what else was changed."""
         substrate, kind = self.substrate, type(self.buffer)
-        own = () if kind is ActivationBuffer else (code_digest(kind),)
+        own += () if kind is ActivationBuffer else (code_digest(kind),)
         name = f"{substrate.name}/trained/{training_key(config, substrate, self.buffer)}"
         return {seed: train_sae(config, self.buffer, seed, substrate.cache.path(name, seed, *own),
                                 Interrupts(), None, substrate.processes
@@ -195,6 +225,9 @@ def main() -> None:
 def changed(bench: Bench) -> Iterable[tuple[str, Evaluated]]:
     for name, (run, changes) in CHANGED.items():
         yield name, bench.evaluated(bench.saes(row(run, **changes)))
+    with random_partners():
+        saes = bench.saes(row("run_2"), "random partners")
+    yield "random partners (run_2)", bench.evaluated(saes)
     mislabelled = bench.mislabelled()
     yield "labels without meaning (run_4)", bench.evaluated(mislabelled.saes(row("run_4")))
     yield "not trained", bench.evaluated(bench.untrained(row("run_8")))

@@ -112,6 +112,26 @@ def test_labels_without_meaning_are_as_many_and_as_steady_as_the_true_ones():
     assert torch.equal(moved.sample(1, 99), true.sample(1, 99))  # features are chosen by true ones
 
 
+def test_random_partners_are_as_many_of_the_same_weights_and_others(generator):
+    lists = torch.zeros(400, 12, dtype=torch.int32)
+    for token in lists:  # two blocks of features, of which one fires
+        block = int(torch.randint(0, 2, (), generator=generator))
+        token[:6] = 1 + 20 * block + torch.randperm(20, generator=generator)[:6].int()
+    seen = experiment.firing(lists, 40)
+    counted = experiment.cofiring(seen, 8)
+    with controls.random_partners():
+        drawn = experiment.cofiring(seen, 8)
+    assert experiment.cofiring(seen, 8).row_N.equal(counted.row_N)  # as before
+    assert 0.9 * len(counted.row_N) < len(drawn.row_N) <= len(counted.row_N)
+    assert set(drawn.weight_N.tolist()) <= set(counted.weight_N.tolist())
+    apart = [((pairs.row_N < 20) != (pairs.column_N < 20)).float().mean()
+             for pairs in (counted, drawn)]
+    assert apart[0] == 0
+    assert apart[1] > 0.3
+    place = {(i, j): w for i, j, w in zip(*(part.tolist() for part in drawn[:3]))}
+    assert all(place[j, i] == w for (i, j), w in place.items())  # each pair in both orders
+
+
 def test_saes_trained_on_other_labels_are_others_and_kept_apart(bench):
     config = controls.row("run_4", alpha=0.5)
     true, moved = bench.saes(config)[0], bench.mislabelled().saes(config)[0]
