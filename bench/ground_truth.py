@@ -6,7 +6,10 @@
 Synthetic activations are sparse sums of known directions. True features come in planted groups
 that fire together; some groups share a direction (their members are a common component plus parts
 of their own, mutual cosine `World.common`), in the others directions are independent. Each group
-serves one of two domains or both (general). Every mode trains on the same stream of tokens with
+serves one of two domains or both (general). A few general features of no group are dense: they fire
+on most tokens. A sharing group of one domain has its direction in common with one of the other
+domain: they never fire together, so this may stay, while the members of a group do and must be told
+apart. Every mode trains on the same stream of tokens with
 the SAE and the trainer of experiment.py, and is scored against the truth. Synthetic data flatter
 every method that assumes what was planted; what fails here has no reason to work elsewhere.
 
@@ -50,6 +53,8 @@ class World:
     group_rate: float = 0.1  # a group is on, a token of a domain that it serves
     member_rate: float = 0.2  # a member fires, its group being on; times 0.25 … 1.75
     stray_rate: float = 0.005  # a member fires without its group
+    dense: int = 4  # general features of no group, the last ones
+    dense_rate: float = 0.7  # such a feature fires
     style: float = 1.0  # length of a constant of each domain: how its texts are written
     noise: float = 0.05  # norm of the isotropic part, in typical activations
     tokens: int = 200_000  # unique training tokens
@@ -59,7 +64,8 @@ class World:
     def domain_T(self) -> Tensor:
         """Domain of every true feature: 0, 1 or GENERAL."""
         counts = torch.tensor([self.groups_specific, self.groups_specific, self.groups_general])
-        return torch.arange(3).repeat_interleave(counts * self.group_size)
+        return torch.arange(3).repeat_interleave(
+            counts * self.group_size + torch.tensor([0, 0, self.dense]))
 
     @property
     def n_groups(self) -> int:
@@ -68,7 +74,13 @@ class World:
     @property
     def sharing_T(self) -> Tensor:
         """Whether a true feature's group shares a direction: every second group does."""
-        return (torch.arange(self.n_groups) % 2 == 0).repeat_interleave(self.group_size)
+        sharing_G = torch.arange(self.n_groups) % 2 == 0
+        return nn.functional.pad(sharing_G.repeat_interleave(self.group_size), (0, self.dense))
+
+    @property
+    def dense_T(self) -> Tensor:
+        """Whether a true feature fires on most tokens."""
+        return torch.arange(len(self.domain_T)) >= self.n_groups * self.group_size
 
     def directions(self) -> Tensor:
         """Unit directions [T, D]. Members of a sharing group have a component in common, and the
@@ -83,10 +95,10 @@ class World:
         )
         own_part, common_part = math.sqrt(1 - self.common), math.sqrt(self.common)
         mixed_GMD = own_part * own_GMD + common_part * common_GD[:, None]
-        own_TD, mixed_TD = own_GMD.flatten(0, 1), mixed_GMD.flatten(0, 1)
-        return nn.functional.normalize(
-            torch.where(self.sharing_T[:, None], mixed_TD, own_TD), dim=1
-        )
+        sharing_G11 = (torch.arange(self.n_groups) % 2 == 0)[:, None, None]
+        grouped_TD = torch.where(sharing_G11, mixed_GMD, own_GMD).flatten(0, 1)
+        dense_TD = torch.randn(self.dense, self.d_in, generator=g)
+        return nn.functional.normalize(torch.cat([grouped_TD, dense_TD]), dim=1)
 
     def styles(self) -> Tensor:
         """What every activation of a domain has added to it, [K, D]."""
@@ -108,8 +120,9 @@ class World:
         on_BG = torch.rand(size, G, generator=g) < self.group_rate
         often_T = 0.25 + 1.5 * torch.rand(G * M, generator=randomness("often", self.seed))
         rate_BT = on_BG.repeat_interleave(M, dim=1) * self.member_rate + self.stray_rate
-        fires_BT = serves_BT & (torch.rand(size, G * M, generator=g) < rate_BT * often_T)
-        a_BT = fires_BT * (0.5 + torch.rand(size, G * M, generator=g))
+        rate_BT = nn.functional.pad(rate_BT * often_T, (0, self.dense), value=self.dense_rate)
+        fires_BT = serves_BT & (torch.rand(rate_BT.shape, generator=g) < rate_BT)
+        a_BT = fires_BT * (0.5 + torch.rand(rate_BT.shape, generator=g))
         z_BD = a_BT @ self.directions()
         z_BD += self.styles()[style_B]
         z_BD += self.noise / math.sqrt(self.d_in) * torch.randn(z_BD.shape, generator=g)
@@ -161,7 +174,8 @@ def recovered(rows: Rows, world: World) -> dict[str, float]:
     return {
         "recovery": float(best_T.mean()),
         "sharing": float(best_T[world.sharing_T].mean()),
-        "independent": float(best_T[~world.sharing_T].mean()),
+        "independent": float(best_T[~world.sharing_T & ~world.dense_T].mean()),
+        "dense": float(best_T[world.dense_T].mean()),
         "specific": float(best_T[~general_T].mean()),
         "general": float(best_T[general_T].mean()),
         "found": float(found_T.float().mean()),
@@ -188,7 +202,7 @@ def score(sae: ExportedSAE, world: World, tokens: int = 16384) -> dict[str, floa
     third_F = sae.encode(world.sample(tokens, "third", third=True)[0]).mean(0)
     style_F = (third_F / use_KF[0].clamp(min=1e-12)).clamp(max=1)[rows.part_KF[0] > PURE]
     kappa_G = torch.cat([condition_numbers(sae.W_dec, row_M.unique()[None])
-                         for row_M in rows.row_T.view(-1, world.group_size)])
+                         for row_M in rows.row_T[~world.dense_T].view(-1, world.group_size)])
     centred = a_NT - a_NT.mean(0), f_NF[:, rows.row_T] - f_NF[:, rows.row_T].mean(0)
     metrics = reconstruction_metrics(sae, z_ND)
     return {

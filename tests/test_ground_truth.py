@@ -18,12 +18,13 @@ WORLD, CONFIG = gt.QUICK
 def test_directions_firing_and_styles_are_as_planted():
     w_TD, sharing = WORLD.directions(), WORLD.sharing_T
     torch.testing.assert_close(w_TD.norm(dim=1), torch.ones(len(w_TD)))
-    cosine = (w_TD @ w_TD.T).view(WORLD.n_groups, WORLD.group_size, WORLD.n_groups, -1)
+    grouped_TD = w_TD[~WORLD.dense_T]
+    cosine = (grouped_TD @ grouped_TD.T).view(WORLD.n_groups, WORLD.group_size, WORLD.n_groups, -1)
     group = torch.arange(WORLD.n_groups)
     within = cosine[group, :, group]
     off_diagonal = ~torch.eye(WORLD.group_size, dtype=torch.bool)
     mean_G = within[:, off_diagonal].mean(1)
-    shares_G = sharing.view(WORLD.n_groups, -1)[:, 0]
+    shares_G = sharing[~WORLD.dense_T].view(WORLD.n_groups, -1)[:, 0]
     assert mean_G[shares_G] == pytest.approx(WORLD.common, abs=0.1)
     assert mean_G[~shares_G] == pytest.approx(0, abs=0.1)
     assert float(cosine[0, :, WORLD.groups_specific].mean()) > WORLD.common - 0.2  # two meanings
@@ -37,6 +38,9 @@ def test_directions_firing_and_styles_are_as_planted():
     fires = (a[:, : WORLD.group_size] > 0).float()[domain == 0]
     correlation = torch.corrcoef(fires.T)[off_diagonal]
     assert float(correlation.mean()) > 0.05  # members fire together
+    assert WORLD.dense_T.sum() == WORLD.dense > 0
+    often = (a[:, WORLD.dense_T] > 0).float().mean(0)
+    assert often.tolist() == pytest.approx([WORLD.dense_rate] * WORLD.dense, abs=0.02)
     third = WORLD.sample(1000, "a test", third=True)[2]
     assert third[:, WORLD.domain_T == 0].max() == 0  # and say nothing of the domain they look like
 
