@@ -55,7 +55,7 @@ def active_condition_numbers(sae: ExportedSAE, x_BD: Tensor) -> tuple[Tensor, Te
     rows = sae.W_dec[code.column_N[fires_N]].double().split(count_B.tolist())
     for token, W in enumerate(rows):
         if len(W) > 1:
-            kappa_B[token] = gram_condition_numbers(W @ W.T)
+            kappa_B[token] = gram_condition_numbers((W @ W.T)[None])[0]
     return kappa_B, count_B
 
 
