@@ -62,7 +62,7 @@ autocast is for GPUs only."""
 class LocalPythia:
     """A substrate's source: the benchmark's model and text, one half to each domain."""
 
-    name, layer, fingerprint = "bench", LAYER, "random weights"
+    name, layer, d_in, fingerprint, unnamed = "bench", LAYER, D_IN, "random weights", ()
 
     def __init__(self, folder: Path, texts: list[str]):
         self.folder, self.texts = folder, texts
