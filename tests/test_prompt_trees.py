@@ -7,7 +7,7 @@ import torch
 from random_models import KINDS, make
 from tiny_substrate import QUESTIONS, TinySource
 
-from lab.evaluations.prompt_trees import BRANCHES, OPTIONS, Questions
+from lab.evaluations.prompt_trees import BRANCHES, OPTIONS, PromptTrees, Questions
 from lab.storage import randomness
 from lab.substrates.texts import FORGET, RETAIN
 
@@ -120,6 +120,22 @@ def test_rows_hold_every_token_once_beside_the_rest_of_its_tree(width):
             trees, others = (set((questions.branch_N[part[part >= 0]] // BRANCHES).tolist())
                              for part in (row, beside))
             assert others <= trees
+
+
+def test_rows_have_hardly_an_empty_place():
+    """Whatever part of the trees is run; each row is about as long as it may be."""
+    for seed in range(5):
+        sizes = torch.randint(5, 33, (60,), generator=randomness(seed)).tolist()
+        branch = torch.cat([torch.full((size,), BRANCHES * t) for t, size in enumerate(sizes)])
+        place = torch.cat([torch.arange(size) for size in sizes])
+        nothing = torch.zeros(0, dtype=torch.long)
+        trees = PromptTrees(place, branch, place, *[nothing] * 3, torch.zeros(len(place), 1),
+                            nothing)
+        run = torch.rand(60, generator=randomness("run", seed))[branch // BRANCHES] < 0.5
+        run &= place > 3
+        rows = [batch.run_RT for batch in trees.batches(run, width=64, per_batch=4)]
+        assert sum(part.numel() for part in rows) < 1.1 * int(run.sum())
+        assert max(part.shape[1] for part in rows) <= 64 + 33
 
 
 def test_no_questions_are_no_crash():

@@ -1,6 +1,7 @@
 """Texts as trees: a prompt and what may follow it, run once from the hook on."""
 
 import dataclasses
+import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,21 +69,24 @@ class PromptTrees:
         return self.place_N >= torch.minimum(first_B, prompt_B)[self.branch_N]
 
     def batches(self, run_N: Tensor, width: int = 128, per_batch: int = 8) -> Iterator[Batch]:
-        """Tokens to run in rows of about `width`, the trees of a row side by side."""
+        """Tokens to run in rows of about `width`, the trees of a row side by side.
+
+        Rows are as equal as trees allow, so that few places are empty: the largest tree that is
+        left goes to the shortest row.
+        """
         tree_N = self.branch_N // BRANCHES
-        sizes = torch.bincount(tree_N[run_N])
+        sizes = torch.bincount(tree_N[run_N], minlength=self.n_trees)
+        rows = [(0, row) for row in range(math.ceil(len(run_N.nonzero()) / width))]
         row_of_tree = torch.full((self.n_trees,), -1)
-        row, room = -1, 0
-        for tree in sizes.nonzero().squeeze(1).tolist():
-            size = int(sizes[tree])
-            if size > room:
-                row, room = row + 1, max(width, size)
+        for tree in sizes.argsort(descending=True, stable=True)[: int((sizes > 0).sum())].tolist():
+            size, row = rows[0]
+            heapq.heapreplace(rows, (size + int(sizes[tree]), row))
             row_of_tree[tree] = row
-            room -= size
         row_N = row_of_tree[tree_N]
-        for start in range(0, row + 1, per_batch):
-            rows = range(start, min(start + per_batch, row + 1))
-            lists = ([(among_N & (row_N == r)).nonzero().squeeze(1) for r in rows]
+        order = [row for size, row in sorted(rows) if size]  # alike ones share a batch
+        for start in range(0, len(order), per_batch):
+            lists = ([(among_N & (row_N == row)).nonzero().squeeze(1)
+                      for row in order[start : start + per_batch]]
                      for among_N in (run_N, ~run_N))
             yield Batch(*(nn.utils.rnn.pad_sequence(indices, batch_first=True, padding_value=-1)
                           for indices in lists))
