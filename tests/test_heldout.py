@@ -111,6 +111,7 @@ def test_the_frontier_as_trees_has_the_losses_of_the_contexts(tiny, heldout):
     log_probs = frontier.log_probs(tiny.lm, frontier.x_ND, everything)
     torch.testing.assert_close(-log_probs.view_as(heldout["base"]), heldout["base"],
                                atol=1e-4, rtol=1e-4)
+    assert len(frontier.token_N) == heldout["base"].numel()  # the last tokens are not run
     changed = frontier.log_probs(tiny.lm, frontier.x_ND * 0.5, everything)
     rows = heldout["rows"]
     expected = losses(tiny.lm, heldout["tokens"][rows, :LENGTH], heldout["x"][rows, :LENGTH] * 0.5)

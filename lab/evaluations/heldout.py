@@ -77,15 +77,15 @@ class HeldOut:
 
     @functools.cached_property
     def frontier(self) -> PromptTrees:
-        """The contexts whose cross-entropy is measured, each a prompt without continuations."""
-        tokens_RT = self.of_frontier("tokens").long()
-        n, T = tokens_RT.shape
+        """The contexts whose cross-entropy is measured, each a prompt without continuations. Their
+        last token is scored and never run."""
+        tokens_RT, x_RTD = self.of_frontier("tokens").long(), self.of_frontier("x")[:, :-1]
+        n, T = x_RTD.shape[:2]
         index_RT = torch.arange(n * T).view(n, T)
-        branch_RT, place_RT = BRANCHES * (index_RT // T), index_RT % T
-        return PromptTrees(tokens_RT.flatten(), branch_RT.flatten(), place_RT.flatten(),
-                           tokens_RT[:, 1:].flatten(), branch_RT[:, 1:].flatten(),
-                           index_RT[:, :-1].flatten(), self.of_frontier("x").flatten(0, 1),
-                           -self["base"].flatten())
+        branch_N, place_N = (BRANCHES * (index_RT // T)).flatten(), (index_RT % T).flatten()
+        return PromptTrees(tokens_RT[:, :-1].flatten(), branch_N, place_N,
+                           tokens_RT[:, 1:].flatten(), branch_N, index_RT.flatten(),
+                           x_RTD.flatten(0, 1), -self["base"].flatten())
 
     @functools.cached_property
     def asked(self) -> tuple[Questions, dict[str, Any]]:
