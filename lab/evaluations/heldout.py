@@ -119,17 +119,17 @@ def filter_questions(substrate: Substrate) -> tuple[dict[str, Tensor], dict[str,
     """The first `questions` of each domain that the unmodified model answers correctly in both of
     two wordings, laid out in the first; and by domain what was let through."""
     lm, sizes = substrate.lm, substrate.sizes
-    kept, counts = [], {}
+    pairs = [(Question(*question), domain) for domain, name in enumerate(NAMED)
+             for question in substrate.corpus["questions"][name][: sizes.question_candidates]]
+    first, again = (Questions.from_text(part, lm) for part in (
+        pairs, [(paraphrased(question), domain) for question, domain in pairs]))
+    right_Q, again_Q = (asked.right(asked.base_S) for asked in (first, again))
+    chosen, counts = [], {}
     for domain, name in enumerate(NAMED):
-        candidates = substrate.corpus["questions"][name][: sizes.question_candidates]
-        pairs = [(Question(*question), domain) for question in candidates]
-        again = [(paraphrased(question), domain) for question, _ in pairs]
-        right_Q, again_Q = (asked.right(asked.base_S) for asked in
-                            (Questions.from_text(part, lm) for part in (pairs, again)))
-        chosen = (right_Q & again_Q).nonzero()[: sizes.questions, 0].tolist()
-        counts[name] = {**survival(right_Q, again_Q), "kept": len(chosen)}
-        kept += [pairs[q] for q in chosen]
-    return Questions.from_text(kept, lm).tensors(), counts
+        of_Q = first.domain_Q == domain
+        chosen.append((of_Q & right_Q & again_Q).nonzero()[: sizes.questions, 0])
+        counts[name] = {**survival(right_Q[of_Q], again_Q[of_Q]), "kept": len(chosen[-1])}
+    return first.only(torch.cat(chosen)).tensors(), counts
 
 
 def paraphrased(question: Question) -> Question:

@@ -194,6 +194,19 @@ class Questions(PromptTrees):
         laid_out.read_(lm)
         return laid_out
 
+    def only(self, chosen_Q: Tensor) -> "Questions":
+        """The questions of these ascending places, as they were read and answered."""
+        place_Q = torch.zeros(len(self), dtype=torch.long)
+        place_Q[chosen_Q] = torch.arange(len(chosen_Q))
+        keep_N, keep_S = (torch.isin(branch // (2 * BRANCHES), chosen_Q)
+                          for branch in (self.branch_N, self.branch_S))
+        branch_N, branch_S = (2 * BRANCHES * place_Q[kept // (2 * BRANCHES)] + kept % (2 * BRANCHES)
+                              for kept in (self.branch_N[keep_N], self.branch_S[keep_S]))
+        return Questions(self.token_N[keep_N], branch_N, self.place_N[keep_N],
+                         self.target_S[keep_S], branch_S,
+                         (keep_N.cumsum(0) - 1)[self.before_S[keep_S]], self.x_ND[keep_N],
+                         self.base_S[keep_S], self.answer_Q[chosen_Q], self.domain_Q[chosen_Q])
+
     def read_(self, lm: LanguageModel) -> None:
         """Residuals and unmodified log-probabilities."""
         everything = torch.ones(len(self.token_N), dtype=torch.bool)
