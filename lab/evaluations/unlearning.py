@@ -169,20 +169,20 @@ class Measurement:
 
     def run_(self, m: int, limits: dict[str, list[float]]) -> dict[str, list[float]]:
         """Measure what the variants with these limits clamp; returns those that may be afforded."""
-        still = {}
-        for kind, left in limits.items():
-            place_R = np.cumsum(self.kinds[kind]) - 1
-            for third in range(THIRDS):
-                self.run_contexts_(m, self.kinds[kind] & (place_R // 2 % THIRDS == third), left)
-                left = [limit for limit in left
-                        if min(self.costs(m, kind, limit)) <= SPARE * COST_GRID[-1]]
-            still[kind] = left
-        if NAMED[FORGET] in self.kinds:
-            self.run_contexts_(m, self.kinds[NAMED[FORGET]], sum(still.values(), []))
-        return still
+        place_R = sum((np.cumsum(of) - 1) * of for of in self.kinds.values())
+        for third in range(THIRDS):
+            self.run_contexts_(m, place_R // 2 % THIRDS == third, limits)  # all kinds at once
+            limits = {kind: [limit for limit in left
+                             if min(self.costs(m, kind, limit)) <= SPARE * COST_GRID[-1]]
+                      for kind, left in limits.items()}
+        self.run_contexts_(m, place_R >= 0, {NAMED[FORGET]: sum(limits.values(), [])})
+        return limits
 
-    def run_contexts_(self, m: int, among_R: np.ndarray, limits: Sequence[float]) -> None:
-        run_R = among_R & (self.share_R > min(limits, default=math.inf))
+    def run_contexts_(self, m: int, among_R: np.ndarray, limits: dict[str, list[float]]) -> None:
+        least_R = np.full(len(among_R), math.inf)
+        for kind, left in limits.items():
+            least_R[self.kinds.get(kind, [])] = min(left, default=math.inf)
+        run_R = among_R & (self.share_R > least_R)
         if run_R.any():
             clamp = Clamp(self.chosen.features, -MULTIPLIERS[m] * self.chosen.size_F)
             rise_R = rises(self.sae, self.heldout, clamp, torch.from_numpy(run_R)).numpy()
