@@ -1,6 +1,7 @@
 """Texts as trees: a prompt and what may follow it, run once from the hook on."""
 
 import dataclasses
+import hashlib
 import heapq
 import math
 from collections.abc import Iterator
@@ -52,14 +53,16 @@ class PromptTrees:
     base_S: Tensor  # log-probability of every target, unmodified
     memory: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict, kw_only=True)
     # by block after the hook: unmodified keys and values of all tokens, [N, heads, head width]
+    known: dict[bytes, Tensor] = dataclasses.field(default_factory=dict, kw_only=True)
+    # by changed residuals of a tree: log-probabilities of its targets
 
     @property
     def n_trees(self) -> int:
         return int(self.branch_N[-1]) // BRANCHES + 1 if len(self.branch_N) else 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """All but the memory, which is made anew."""
-        return {name: part for name, part in vars(self).items() if name != "memory"}
+        """All but what is remembered, which is made anew."""
+        return {name: part for name, part in vars(self).items() if torch.is_tensor(part)}
 
     def reached(self, touched_N: Tensor) -> Tensor:
         """Tokens that see one of `touched_N`, bool [N]."""
@@ -130,8 +133,13 @@ class PromptTrees:
 
     def log_probs(self, lm: LanguageModel, x_ND: Tensor, touched_N: Tensor) -> Tensor:
         """Log-probability in nats of every target [S] when the residuals are `x_ND`, which differ
-        from the unmodified ones at most where `touched_N`; only what sees these is run."""
-        reached_N = self.reached(touched_N)
+        from the unmodified ones at most where `touched_N`; only what sees these is run, and no tree
+        twice with the same residuals."""
+        tree_N, tree_S = self.branch_N // BRANCHES, self.branch_S // BRANCHES
+        keys = self.keys(x_ND, touched_N)
+        fresh = [tree for tree, key in keys.items() if key not in self.known]
+        fresh_N = torch.isin(tree_N, torch.tensor(fresh, dtype=torch.long))
+        reached_N = self.reached(touched_N & fresh_N)
         if not (self.memory or reached_N.all()):
             self.remember_(lm)
         h_ND = torch.empty(x_ND.shape, dtype=x_ND.dtype, device=lm.device)
@@ -141,7 +149,21 @@ class PromptTrees:
         before, row = self.before_S[due].unique(return_inverse=True)
         result = self.base_S.clone()
         result[due] = log_probs(lm, h_ND[before], row, self.target_S[due])
+        for tree, key in keys.items():
+            of_tree = tree_S == tree
+            result[of_tree] = self.known.setdefault(key, result[of_tree])
         return result
+
+    def keys(self, x_ND: Tensor, touched_N: Tensor) -> dict[int, bytes]:
+        """By tree with touched tokens: a digest of which they are, and of their residuals."""
+        places = touched_N.nonzero().squeeze(1)
+        trees, sizes = (self.branch_N[places] // BRANCHES).unique_consecutive(return_counts=True)
+        return {tree: hashlib.sha256(part.numpy().tobytes() + bits_of(x_ND[part])).digest()
+                for tree, part in zip(trees.tolist(), places.split(sizes.tolist()))}
+
+
+def bits_of(x: Tensor) -> bytes:
+    return x.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @dataclass

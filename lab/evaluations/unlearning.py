@@ -117,17 +117,21 @@ class Clamp(NamedTuple):
         """Residuals x [..., D] under the clamp: x' = x + Σ_j (target_j − f_j) w_j over active j.
 
         Other features and the SAE's error stay. Where none is active, and at sinks (not `keep`),
-        x' is x to the last bit.
+        x' is x to the last bit. Sets of which the same features are active give the same bits.
         """
-        f = sae.encode(x.float(), self.features) * keep[..., None]
-        change = (self.targets - f).where(f > 0, 0.0) @ sae.W_dec[self.features]
-        return torch.where((f > 0).any(-1, keepdim=True), (x.float() + change).to(x.dtype), x)
+        order = self.features.argsort()
+        features, x_ND = self.features[order], x.float().flatten(0, -2)
+        active = (sae.encode(x_ND, features) > 0) & keep.flatten()[:, None]
+        place_A, which_A = active.nonzero(as_tuple=True)
+        w_AD, b_A = sae.W_enc.T[features[which_A]], sae.b_enc[features[which_A]]
+        f_A = torch.linalg.vecdot(x_ND[place_A] - sae.b_dec, w_AD) + b_A
+        change_AD = (self.targets[order][which_A] - f_A)[:, None] * sae.W_dec[features[which_A]]
+        return x_ND.index_add(0, place_A, change_AD).to(x.dtype).view_as(x)
 
 
 def clamped(sae: ExportedSAE, heldout: HeldOut, clamp: Clamp,
             trees: PromptTrees) -> tuple[Tensor, Tensor]:
-    """Residuals under the clamp, and which tokens' differ. What sees none of these keeps its
-    unmodified output, which is exact."""
+    """Residuals under the clamp, and which tokens' differ."""
     x_ND = clamp.of(sae, trees.x_ND, heldout.substrate.is_plain(trees.x_ND))
     return x_ND, (x_ND != trees.x_ND).any(-1)
 
