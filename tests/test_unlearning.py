@@ -126,7 +126,7 @@ def test_a_clamp_leaves_other_features_and_the_saes_error_alone(generator):
 
 def test_sets_of_which_the_same_features_are_active_give_the_same_bits(generator):
     """Whatever else is in them, and in which order."""
-    sae, x = random_sae(d=6, f=24, bias=-0.5), torch.randn(400, 6, generator=generator)
+    sae, x = random_sae(f=24, bias=-0.5), torch.randn(400, 32, generator=generator)
     few, many = torch.tensor([7, 3, 5]), torch.tensor([3, 9, 7, 5, 11])
     targets, everywhere = -torch.rand(24, generator=generator), torch.ones(400, dtype=torch.bool)
     one, other = (Clamp(chosen, targets[chosen]).of(sae, x, everywhere) for chosen in (few, many))
