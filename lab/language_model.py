@@ -114,7 +114,7 @@ def losses(lm: LanguageModel, tokens_BT: Tensor, x_BTD: Tensor, rows: int = 8) -
     """Next-token cross-entropy [B, T - 1] in nats with the residuals `x_BTD` at the hook."""
     parts = []
     for tokens, x in zip(tokens_BT.split(rows), x_BTD.split(rows)):
-        h = lm.final(tokens, x)[:, :-1]
+        h = lm.final(tokens[:, :-1], x[:, :-1])  # the last token is scored, not run
         target = tokens[:, 1:].flatten().long()
         flat = log_probs(lm, h.flatten(0, 1), torch.arange(len(target)), target)
         parts.append(-flat.view(len(tokens), -1))

@@ -22,16 +22,19 @@ torch.set_num_threads(small.THREADS)
 
 @pytest.fixture(scope="session", autouse=True)
 def early_main_job(request, tmp_path_factory):
-    """The real main job of the session: it takes a core for minutes, so it begins with the first
-    test, whichever that is, if any test needs it."""
+    """The real main job of the session, one for all workers: it takes a core for minutes, so it
+    begins with the first test, whichever that is, if any test needs it."""
     if not any("main_job" in item.fixturenames for item in request.session.items):
         yield None
         return
-    folder = tmp_path_factory.mktemp("main")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "main"
+    folder.mkdir(exist_ok=True)
     cache = os.environ.get("SAE_CACHE_DIR", str(folder / "cache"))
     started = MainJob(folder, "run_1", SAE_CACHE_DIR=cache, OMP_NUM_THREADS="1")
     yield started
-    started.stop()
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        started.stop()
 
 
 @pytest.fixture(scope="session")

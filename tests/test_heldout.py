@@ -111,6 +111,7 @@ def test_the_frontier_as_trees_has_the_losses_of_the_contexts(tiny, heldout):
     log_probs = frontier.log_probs(tiny.lm, frontier.x_ND, everything)
     torch.testing.assert_close(-log_probs.view_as(heldout["base"]), heldout["base"],
                                atol=1e-4, rtol=1e-4)
+    assert len(frontier.token_N) == heldout["base"].numel()  # the last tokens are not run
     changed = frontier.log_probs(tiny.lm, frontier.x_ND * 0.5, everything)
     rows = heldout["rows"]
     expected = losses(tiny.lm, heldout["tokens"][rows, :LENGTH], heldout["x"][rows, :LENGTH] * 0.5)
@@ -133,7 +134,7 @@ def test_everything_is_computed_once_for_all_runs(tiny, heldout, monkeypatch):
 
 def right_answers(monkeypatch, first, again):
     """What the unmodified model answers right under the two wordings, by domain."""
-    answered = iter([first[FORGET], again[FORGET], first[RETAIN], again[RETAIN]])
+    answered = iter([[*part[FORGET], *part[RETAIN]] for part in (first, again)])
     plain = Questions.right
 
     def right(questions, log_prob_S):
@@ -157,6 +158,21 @@ def test_only_questions_answered_right_in_both_wordings_are_asked(tiny, heldout,
     assert torch.equal(questions.token_N, expected.token_N)
     assert {name: (part["asked"], part["right"], part["again"], part["survived"])
             for name, part in counts.items()} == {"forget": (3, 2, 2, 1), "retain": (6, 4, 3, 2)}
+
+
+def test_a_question_is_read_once_in_each_wording(tiny, heldout, monkeypatch):
+    right = {FORGET: [True] * 3, RETAIN: [True] * 6}
+    right_answers(monkeypatch, right, right)
+    run, final = [], LanguageModel.final
+    monkeypatch.setattr(LanguageModel, "final",
+                        lambda lm, *inputs: run.append(inputs[0]) or final(lm, *inputs))
+    assert len(heldout.asked[0]) == 3 + 5
+    asked = sum(int(part.numel()) for part in run)
+    run.clear()
+    for again in (lambda question: question, paraphrased):
+        Questions.from_text([(again(question), domain) for question, domain in QUESTIONS * 3],
+                            tiny.lm)
+    assert asked == sum(int(part.numel()) for part in run)
 
 
 def test_no_more_questions_are_asked_than_the_budget_says(tiny, heldout, monkeypatch):

@@ -65,6 +65,15 @@ def test_losses_are_the_models_own(kind):
     assert not torch.allclose(unmodified, losses(lm, tokens, lm.residual(tokens) * 0))
 
 
+@KINDS
+def test_the_last_token_of_a_context_is_scored_and_not_run(kind, monkeypatch):
+    _, lm = make(kind)
+    tokens, run, final = torch.randint(0, 91, (5, 12)), [], lm.final
+    monkeypatch.setattr(lm, "final", lambda *inputs: run.append(inputs[0]) or final(*inputs))
+    assert losses(lm, tokens, lm.residual(tokens), rows=2).shape == (5, 11)
+    assert sum(part.numel() for part in run) == 5 * 11
+
+
 def test_log_probabilities_are_those_of_the_whole_vocabulary():
     """Vocabulary and states in blocks, targets that share a state: the same as log_softmax."""
     _, lm = make("llama")

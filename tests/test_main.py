@@ -161,7 +161,7 @@ def test_a_bad_row_is_named_beside_those_that_there_are_and_the_exit_code_is_1(t
     lines = bad.stderr.read_text().splitlines()
     assert lines[0].startswith("error: --out_dir ends in 'run_11', which is no row of the table")
     assert [line.split()[0] for line in lines[1:]] == list(ex.RUNS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["stderr", "stdout"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["code", "stderr", "stdout"]
 
 
 @pytest.mark.parametrize(("out_dir", "environment", "reason"), [

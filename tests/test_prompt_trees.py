@@ -7,7 +7,7 @@ import torch
 from random_models import KINDS, make
 from tiny_substrate import QUESTIONS, TinySource
 
-from lab.evaluations.prompt_trees import BRANCHES, OPTIONS, Questions
+from lab.evaluations.prompt_trees import BRANCHES, OPTIONS, PromptTrees, Questions
 from lab.storage import randomness
 from lab.substrates.texts import FORGET, RETAIN
 
@@ -75,6 +75,7 @@ def test_only_what_can_see_a_change_is_run_again_and_the_numbers_are_those_of_ru
         touched = torch.rand(len(questions.token_N), generator=randomness(seed)) < 0.15
         changed = torch.where(touched[:, None], questions.x_ND * 0.3, questions.x_ND)
         run.clear()
+        questions.known.clear()
         saved = questions.log_probs(lm, changed, touched)
         reached = questions.reached(touched)
         assert sum(run) == int(reached.sum()) < len(touched)  # one row, without padding
@@ -122,6 +123,22 @@ def test_rows_hold_every_token_once_beside_the_rest_of_its_tree(width):
             assert others <= trees
 
 
+def test_rows_have_hardly_an_empty_place():
+    """Whatever part of the trees is run; each row is about as long as it may be."""
+    for seed in range(5):
+        sizes = torch.randint(5, 33, (60,), generator=randomness(seed)).tolist()
+        branch = torch.cat([torch.full((size,), BRANCHES * t) for t, size in enumerate(sizes)])
+        place = torch.cat([torch.arange(size) for size in sizes])
+        nothing = torch.zeros(0, dtype=torch.long)
+        trees = PromptTrees(place, branch, place, *[nothing] * 3, torch.zeros(len(place), 1),
+                            nothing)
+        run = torch.rand(60, generator=randomness("run", seed))[branch // BRANCHES] < 0.5
+        run &= place > 3
+        rows = [batch.run_RT for batch in trees.batches(run, width=64, per_batch=4)]
+        assert sum(part.numel() for part in rows) < 1.1 * int(run.sum())
+        assert max(part.shape[1] for part in rows) <= 64 + 33
+
+
 def test_no_questions_are_no_crash():
     _, lm = make("llama")
     questions = Questions.from_text([], lm)
@@ -129,6 +146,45 @@ def test_no_questions_are_no_crash():
     assert len(questions.right(questions.base_S)) == 0
     nothing = torch.zeros(0, dtype=torch.bool)
     assert len(questions.log_probs(lm, questions.x_ND, nothing)) == 0
+
+
+def test_some_of_the_questions_are_as_they_were_read():
+    _, lm = make("llama")
+    every = Questions.from_text([*QUESTIONS, *QUESTIONS], lm)
+    some = every.only(torch.tensor([1, 3, 5]))
+    expected = Questions.from_text([QUESTIONS[1], QUESTIONS[0], QUESTIONS[2]], lm)
+    for name, part in expected.tensors().items():
+        torch.testing.assert_close(getattr(some, name), part, atol=1e-4, rtol=1e-4)
+    assert len(every.only(torch.zeros(0, dtype=torch.long))) == 0
+
+
+@KINDS
+def test_no_tree_is_run_twice_with_the_same_residuals(kind, monkeypatch):
+    """Nor is one taken for another: other residuals, or others of its tokens, are run."""
+    _, lm = make(kind)
+    questions = Questions.from_text(QUESTIONS, lm)
+    questions.remember_(lm)
+    run, final = [], lm.final
+    monkeypatch.setattr(lm, "final", lambda *inputs: run.append(inputs[0]) or final(*inputs))
+    first, second = ((questions.branch_N == BRANCHES * tree) & (questions.place_N == place)
+                     for tree, place in ((0, 2), (2, 3)))
+
+    def answers(touched, factor):
+        changed = torch.where(touched[:, None], questions.x_ND * factor, questions.x_ND)
+        run.clear()
+        result = questions.log_probs(lm, changed, touched)
+        return result, sum(int(part.numel()) for part in run)
+
+    alone, n = answers(first, 0.3)
+    both, n_both = answers(first | second, 0.3)
+    of_first = questions.branch_S // BRANCHES == 0
+    assert torch.equal(both[of_first], alone[of_first])
+    assert 0 < n_both == int(questions.reached(second).sum())
+    again, none = answers(first | second, 0.3)
+    assert none == 0
+    assert torch.equal(again, both)
+    assert answers(first, 0.4)[1] == answers(first.roll(1), 0.3)[1] + 1 == n
+    assert not torch.isclose(alone[of_first], questions.base_S[of_first]).all()
 
 
 def test_a_margin_is_what_the_answers_score_is_above_the_next_one():

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from tiny_substrate import QUESTIONS, WIDTH, knowing_substrate
+from tiny_substrate import QUESTIONS, WIDTH, knowing_substrate, rare_sae
 
-from lab.evaluations import directions, unlearning, yardstick
+from lab.console import Clock
+from lab.evaluations import directions, evaluate, unlearning, yardstick
 from lab.evaluations.heldout import HeldOut
-from lab.evaluations.prompt_trees import Questions
+from lab.evaluations.prompt_trees import PromptTrees, Questions
 from lab.evaluations.unlearning import Clamp, fires
 from lab.evaluations.yardstick import (
     PROBE_TOKENS,
@@ -174,10 +175,25 @@ def test_the_yardstick_is_computed_once_a_substrate(knowing, samples, monkeypatc
         return {"unlearning_area": float(len(made))}
 
     monkeypatch.setattr(yardstick, "clamp_and_ask", clamp_and_ask)
-    substrate = knowing.substrate
-    first = directions(substrate, lambda domain: samples[domain])
-    assert directions(substrate, lambda domain: samples[domain]) == first
+    first = directions(knowing, lambda domain: samples[domain])
+    assert directions(knowing, lambda domain: samples[domain]) == first
     assert made == [len(RATES)] * 2
-    other = directions(substrate, lambda domain: samples[domain][: 5 * WIDTH])
+    other = directions(knowing, lambda domain: samples[domain][: 5 * WIDTH])
     assert other != first  # of other learn text it is another one
     assert len(made) == 4
+
+
+def test_the_yardstick_remembers_no_text_again(knowing, samples, monkeypatch):
+    """The unmodified keys and values that features needed serve it, too."""
+    remembered, remember = [], PromptTrees.remember_
+
+    def counted(trees, lm):
+        remembered.append(tuple(trees.token_N.tolist()))
+        remember(trees, lm)
+
+    monkeypatch.setattr(PromptTrees, "remember_", counted)
+    monkeypatch.setattr(unlearning, "THRESHOLDS", (0.03, 0.4))
+    sae = rare_sae(knowing["x"].flatten(0, 1).float(), scale=3.0)
+    evaluate({0: sae, 1: sae}, knowing.substrate, lambda domain: samples[domain], Clock())
+    assert remembered
+    assert len(set(remembered)) == len(remembered)

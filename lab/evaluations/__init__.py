@@ -42,7 +42,8 @@ def evaluate(saes: Mapping[int, ExportedSAE], substrate: Substrate,
     chosen. Each evaluation is kept in the cache as soon as it is done, under a key of the weights,
     of what it is measured on and of its own code.
     """
-    evaluations, processes = evaluations_of(saes, substrate, learn_sample), substrate.processes
+    heldout, processes = HeldOut(substrate), substrate.processes
+    evaluations = evaluations_of(saes, heldout, learn_sample)
     names = {one: one.__name__.removeprefix("evaluate_") for one in evaluations}
     weights = {seed: checksum(sae.tensors(), "") for seed, sae in saes.items()}
 
@@ -62,14 +63,14 @@ def evaluate(saes: Mapping[int, ExportedSAE], substrate: Substrate,
     if processes.rank:
         return None
     with clock.phase("yardstick"):
-        yardstick = directions(substrate, learn_sample)
+        yardstick = directions(heldout, learn_sample)
     return Evaluated({seed: {names[one]: done.get((one, seed)) or result(one, seed)
                              for one in evaluations} for seed in saes}, yardstick)
 
 
-def directions(substrate: Substrate, learn_sample: Callable[[int], Tensor]) -> dict[str, Any]:
+def directions(heldout: HeldOut, learn_sample: Callable[[int], Tensor]) -> dict[str, Any]:
     """The supervised yardstick, computed once a substrate."""
-    heldout, samples = HeldOut(substrate), [learn_sample(domain) for domain in (FORGET, RETAIN)]
+    substrate, samples = heldout.substrate, [learn_sample(domain) for domain in (FORGET, RETAIN)]
     causes = (heldout.causes, checksum(dict(zip(NAMED, samples)), ""),
               substrate.sizes.least_questions,
               code_digest(evaluate_directions, ExportedSAE, HeldOut, Substrate))
@@ -77,10 +78,10 @@ def directions(substrate: Substrate, learn_sample: Callable[[int], Tensor]) -> d
                             *causes)[1]
 
 
-def evaluations_of(saes: Mapping[int, ExportedSAE], substrate: Substrate,
+def evaluations_of(saes: Mapping[int, ExportedSAE], heldout: HeldOut,
                    learn_sample: Callable[[int], Tensor]) -> dict[Callable, Evaluation]:
     """The evaluations in the order in which they are done."""
-    heldout, sizes = HeldOut(substrate), substrate.sizes
+    substrate, sizes = heldout.substrate, heldout.substrate.sizes
     samples = [learn_sample(domain) for domain in (FORGET, RETAIN)]
     statistics = functools.cache(lambda seed: feature_statistics(saes[seed], samples))
     chosen_on = checksum(dict(zip(NAMED, samples)), ""), code_digest(feature_statistics)

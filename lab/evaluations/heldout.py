@@ -77,15 +77,15 @@ class HeldOut:
 
     @functools.cached_property
     def frontier(self) -> PromptTrees:
-        """The contexts whose cross-entropy is measured, each a prompt without continuations."""
-        tokens_RT = self.of_frontier("tokens").long()
-        n, T = tokens_RT.shape
+        """The contexts whose cross-entropy is measured, each a prompt without continuations. Their
+        last token is scored and never run."""
+        tokens_RT, x_RTD = self.of_frontier("tokens").long(), self.of_frontier("x")[:, :-1]
+        n, T = x_RTD.shape[:2]
         index_RT = torch.arange(n * T).view(n, T)
-        branch_RT, place_RT = BRANCHES * (index_RT // T), index_RT % T
-        return PromptTrees(tokens_RT.flatten(), branch_RT.flatten(), place_RT.flatten(),
-                           tokens_RT[:, 1:].flatten(), branch_RT[:, 1:].flatten(),
-                           index_RT[:, :-1].flatten(), self.of_frontier("x").flatten(0, 1),
-                           -self["base"].flatten())
+        branch_N, place_N = (BRANCHES * (index_RT // T)).flatten(), (index_RT % T).flatten()
+        return PromptTrees(tokens_RT[:, :-1].flatten(), branch_N, place_N,
+                           tokens_RT[:, 1:].flatten(), branch_N, index_RT.flatten(),
+                           x_RTD.flatten(0, 1), -self["base"].flatten())
 
     @functools.cached_property
     def asked(self) -> tuple[Questions, dict[str, Any]]:
@@ -119,17 +119,17 @@ def filter_questions(substrate: Substrate) -> tuple[dict[str, Tensor], dict[str,
     """The first `questions` of each domain that the unmodified model answers correctly in both of
     two wordings, laid out in the first; and by domain what was let through."""
     lm, sizes = substrate.lm, substrate.sizes
-    kept, counts = [], {}
+    pairs = [(Question(*question), domain) for domain, name in enumerate(NAMED)
+             for question in substrate.corpus["questions"][name][: sizes.question_candidates]]
+    first, again = (Questions.from_text(part, lm) for part in (
+        pairs, [(paraphrased(question), domain) for question, domain in pairs]))
+    right_Q, again_Q = (asked.right(asked.base_S) for asked in (first, again))
+    chosen, counts = [], {}
     for domain, name in enumerate(NAMED):
-        candidates = substrate.corpus["questions"][name][: sizes.question_candidates]
-        pairs = [(Question(*question), domain) for question in candidates]
-        again = [(paraphrased(question), domain) for question, _ in pairs]
-        right_Q, again_Q = (asked.right(asked.base_S) for asked in
-                            (Questions.from_text(part, lm) for part in (pairs, again)))
-        chosen = (right_Q & again_Q).nonzero()[: sizes.questions, 0].tolist()
-        counts[name] = {**survival(right_Q, again_Q), "kept": len(chosen)}
-        kept += [pairs[q] for q in chosen]
-    return Questions.from_text(kept, lm).tensors(), counts
+        of_Q = first.domain_Q == domain
+        chosen.append((of_Q & right_Q & again_Q).nonzero()[: sizes.questions, 0])
+        counts[name] = {**survival(right_Q[of_Q], again_Q[of_Q]), "kept": len(chosen[-1])}
+    return first.only(torch.cat(chosen)).tensors(), counts
 
 
 def paraphrased(question: Question) -> Question:

@@ -1,6 +1,8 @@
 """Texts as trees: a prompt and what may follow it, run once from the hook on."""
 
 import dataclasses
+import hashlib
+import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,14 +53,16 @@ class PromptTrees:
     base_S: Tensor  # log-probability of every target, unmodified
     memory: dict[int, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict, kw_only=True)
     # by block after the hook: unmodified keys and values of all tokens, [N, heads, head width]
+    known: dict[bytes, Tensor] = dataclasses.field(default_factory=dict, kw_only=True)
+    # by changed residuals of a tree: log-probabilities of its targets
 
     @property
     def n_trees(self) -> int:
         return int(self.branch_N[-1]) // BRANCHES + 1 if len(self.branch_N) else 0
 
     def tensors(self) -> dict[str, Tensor]:
-        """All but the memory, which is made anew."""
-        return {name: part for name, part in vars(self).items() if name != "memory"}
+        """All but what is remembered, which is made anew."""
+        return {name: part for name, part in vars(self).items() if torch.is_tensor(part)}
 
     def reached(self, touched_N: Tensor) -> Tensor:
         """Tokens that see one of `touched_N`, bool [N]."""
@@ -68,21 +72,24 @@ class PromptTrees:
         return self.place_N >= torch.minimum(first_B, prompt_B)[self.branch_N]
 
     def batches(self, run_N: Tensor, width: int = 128, per_batch: int = 8) -> Iterator[Batch]:
-        """Tokens to run in rows of about `width`, the trees of a row side by side."""
+        """Tokens to run in rows of about `width`, the trees of a row side by side.
+
+        Rows are as equal as trees allow, so that few places are empty: the largest tree that is
+        left goes to the shortest row.
+        """
         tree_N = self.branch_N // BRANCHES
-        sizes = torch.bincount(tree_N[run_N])
+        sizes = torch.bincount(tree_N[run_N], minlength=self.n_trees)
+        rows = [(0, row) for row in range(math.ceil(len(run_N.nonzero()) / width))]
         row_of_tree = torch.full((self.n_trees,), -1)
-        row, room = -1, 0
-        for tree in sizes.nonzero().squeeze(1).tolist():
-            size = int(sizes[tree])
-            if size > room:
-                row, room = row + 1, max(width, size)
+        for tree in sizes.argsort(descending=True, stable=True)[: int((sizes > 0).sum())].tolist():
+            size, row = rows[0]
+            heapq.heapreplace(rows, (size + int(sizes[tree]), row))
             row_of_tree[tree] = row
-            room -= size
         row_N = row_of_tree[tree_N]
-        for start in range(0, row + 1, per_batch):
-            rows = range(start, min(start + per_batch, row + 1))
-            lists = ([(among_N & (row_N == r)).nonzero().squeeze(1) for r in rows]
+        order = [row for size, row in sorted(rows) if size]  # alike ones share a batch
+        for start in range(0, len(order), per_batch):
+            lists = ([(among_N & (row_N == row)).nonzero().squeeze(1)
+                      for row in order[start : start + per_batch]]
                      for among_N in (run_N, ~run_N))
             yield Batch(*(nn.utils.rnn.pad_sequence(indices, batch_first=True, padding_value=-1)
                           for indices in lists))
@@ -126,8 +133,13 @@ class PromptTrees:
 
     def log_probs(self, lm: LanguageModel, x_ND: Tensor, touched_N: Tensor) -> Tensor:
         """Log-probability in nats of every target [S] when the residuals are `x_ND`, which differ
-        from the unmodified ones at most where `touched_N`; only what sees these is run."""
-        reached_N = self.reached(touched_N)
+        from the unmodified ones at most where `touched_N`; only what sees these is run, and no tree
+        twice with the same residuals."""
+        tree_N, tree_S = self.branch_N // BRANCHES, self.branch_S // BRANCHES
+        keys = self.keys(x_ND, touched_N)
+        fresh = [tree for tree, key in keys.items() if key not in self.known]
+        fresh_N = torch.isin(tree_N, torch.tensor(fresh, dtype=torch.long))
+        reached_N = self.reached(touched_N & fresh_N)
         if not (self.memory or reached_N.all()):
             self.remember_(lm)
         h_ND = torch.empty(x_ND.shape, dtype=x_ND.dtype, device=lm.device)
@@ -137,7 +149,21 @@ class PromptTrees:
         before, row = self.before_S[due].unique(return_inverse=True)
         result = self.base_S.clone()
         result[due] = log_probs(lm, h_ND[before], row, self.target_S[due])
+        for tree, key in keys.items():
+            of_tree = tree_S == tree
+            result[of_tree] = self.known.setdefault(key, result[of_tree])
         return result
+
+    def keys(self, x_ND: Tensor, touched_N: Tensor) -> dict[int, bytes]:
+        """By tree with touched tokens: a digest of which they are, and of their residuals."""
+        places = touched_N.nonzero().squeeze(1)
+        trees, sizes = (self.branch_N[places] // BRANCHES).unique_consecutive(return_counts=True)
+        return {tree: hashlib.sha256(part.numpy().tobytes() + bits_of(x_ND[part])).digest()
+                for tree, part in zip(trees.tolist(), places.split(sizes.tolist()))}
+
+
+def bits_of(x: Tensor) -> bytes:
+    return x.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @dataclass
@@ -189,6 +215,19 @@ class Questions(PromptTrees):
         )
         laid_out.read_(lm)
         return laid_out
+
+    def only(self, chosen_Q: Tensor) -> "Questions":
+        """The questions of these ascending places, as they were read and answered."""
+        place_Q = torch.zeros(len(self), dtype=torch.long)
+        place_Q[chosen_Q] = torch.arange(len(chosen_Q))
+        keep_N, keep_S = (torch.isin(branch // (2 * BRANCHES), chosen_Q)
+                          for branch in (self.branch_N, self.branch_S))
+        branch_N, branch_S = (2 * BRANCHES * place_Q[kept // (2 * BRANCHES)] + kept % (2 * BRANCHES)
+                              for kept in (self.branch_N[keep_N], self.branch_S[keep_S]))
+        return Questions(self.token_N[keep_N], branch_N, self.place_N[keep_N],
+                         self.target_S[keep_S], branch_S,
+                         (keep_N.cumsum(0) - 1)[self.before_S[keep_S]], self.x_ND[keep_N],
+                         self.base_S[keep_S], self.answer_Q[chosen_Q], self.domain_Q[chosen_Q])
 
     def read_(self, lm: LanguageModel) -> None:
         """Residuals and unmodified log-probabilities."""

@@ -117,17 +117,21 @@ class Clamp(NamedTuple):
         """Residuals x [..., D] under the clamp: x' = x + Σ_j (target_j − f_j) w_j over active j.
 
         Other features and the SAE's error stay. Where none is active, and at sinks (not `keep`),
-        x' is x to the last bit.
+        x' is x to the last bit. Sets of which the same features are active give the same bits.
         """
-        f = sae.encode(x.float(), self.features) * keep[..., None]
-        change = (self.targets - f).where(f > 0, 0.0) @ sae.W_dec[self.features]
-        return torch.where((f > 0).any(-1, keepdim=True), (x.float() + change).to(x.dtype), x)
+        order = self.features.argsort()
+        features, x_ND = self.features[order], x.float().flatten(0, -2)
+        active = (sae.encode(x_ND, features) > 0) & keep.flatten()[:, None]
+        place_A, which_A = active.nonzero(as_tuple=True)
+        w_AD, b_A = sae.W_enc.T[features[which_A]], sae.b_enc[features[which_A]]
+        f_A = torch.linalg.vecdot(x_ND[place_A] - sae.b_dec, w_AD) + b_A
+        change_AD = (self.targets[order][which_A] - f_A)[:, None] * sae.W_dec[features[which_A]]
+        return x_ND.index_add(0, place_A, change_AD).to(x.dtype).view_as(x)
 
 
 def clamped(sae: ExportedSAE, heldout: HeldOut, clamp: Clamp,
             trees: PromptTrees) -> tuple[Tensor, Tensor]:
-    """Residuals under the clamp, and which tokens' differ. What sees none of these keeps its
-    unmodified output, which is exact."""
+    """Residuals under the clamp, and which tokens' differ."""
     x_ND = clamp.of(sae, trees.x_ND, heldout.substrate.is_plain(trees.x_ND))
     return x_ND, (x_ND != trees.x_ND).any(-1)
 
@@ -169,20 +173,20 @@ class Measurement:
 
     def run_(self, m: int, limits: dict[str, list[float]]) -> dict[str, list[float]]:
         """Measure what the variants with these limits clamp; returns those that may be afforded."""
-        still = {}
-        for kind, left in limits.items():
-            place_R = np.cumsum(self.kinds[kind]) - 1
-            for third in range(THIRDS):
-                self.run_contexts_(m, self.kinds[kind] & (place_R // 2 % THIRDS == third), left)
-                left = [limit for limit in left
-                        if min(self.costs(m, kind, limit)) <= SPARE * COST_GRID[-1]]
-            still[kind] = left
-        if NAMED[FORGET] in self.kinds:
-            self.run_contexts_(m, self.kinds[NAMED[FORGET]], sum(still.values(), []))
-        return still
+        place_R = sum((np.cumsum(of) - 1) * of for of in self.kinds.values())
+        for third in range(THIRDS):
+            self.run_contexts_(m, place_R // 2 % THIRDS == third, limits)  # all kinds at once
+            limits = {kind: [limit for limit in left
+                             if min(self.costs(m, kind, limit)) <= SPARE * COST_GRID[-1]]
+                      for kind, left in limits.items()}
+        self.run_contexts_(m, place_R >= 0, {NAMED[FORGET]: sum(limits.values(), [])})
+        return limits
 
-    def run_contexts_(self, m: int, among_R: np.ndarray, limits: Sequence[float]) -> None:
-        run_R = among_R & (self.share_R > min(limits, default=math.inf))
+    def run_contexts_(self, m: int, among_R: np.ndarray, limits: dict[str, list[float]]) -> None:
+        least_R = np.full(len(among_R), math.inf)
+        for kind, left in limits.items():
+            least_R[self.kinds.get(kind, [])] = min(left, default=math.inf)
+        run_R = among_R & (self.share_R > least_R)
         if run_R.any():
             clamp = Clamp(self.chosen.features, -MULTIPLIERS[m] * self.chosen.size_F)
             rise_R = rises(self.sae, self.heldout, clamp, torch.from_numpy(run_R)).numpy()
