@@ -52,9 +52,9 @@ def test_condition_numbers_of_features_that_fire_together_by_hand(generator):
 
 def test_condition_numbers_of_active_features_token_by_token(generator):
     """Against singular values of each token's rows, of a dictionary in which any may be active."""
-    W_enc = torch.randn(20, 60, generator=generator)
-    W_dec = torch.nn.functional.normalize(torch.randn(60, 20, generator=generator), dim=1)
-    sae = ExportedSAE(W_enc, torch.full((60,), -5.0), W_dec, torch.zeros(20))
+    W_enc = torch.randn(20, 64, generator=generator)
+    W_dec = torch.nn.functional.normalize(torch.randn(64, 20, generator=generator), dim=1)
+    sae = ExportedSAE(W_enc, torch.full((64,), -5.0), W_dec, torch.zeros(20))
     x = torch.randn(500, 20, generator=generator)
     x[0], x[1] = 0, 10 * W_enc[:, 0]  # nothing is active; more are than there are dimensions
     expected = []
