@@ -32,10 +32,9 @@ try:
     from lab.device import Readings, to_device
     from lab.distributed import Interrupts, Outcome, Processes, keep_freed_memory
     from lab.evaluations import evaluate
-    from lab.grouping import random_condition_number
     from lab.language_model import faster_dtype
     from lab.pairs import (Firing, FramePotential, PairPotential, cofiring_sums, firing,
-                           in_both_orders, max_cosine_loss, partner_condition_numbers, strongest)
+                           max_cosine_loss, partner_condition_numbers, strongest)
     from lab.results.exports import hook_name
     from lab.results.final_info import best_run, collect
     from lab.results.folder import RunFolder
@@ -108,14 +107,10 @@ class CustomSAEConfig(Settings):
     """Partners a feature: those with which it fires most beyond chance."""
     counted_tokens: int = 16_384
     """Tokens before a grouping over which it is counted which features fire together."""
-    exact_tokens: int = 256
-    """Tokens of a batch over whose active features L_dir is taken until features are grouped."""
-    exact: bool = False
-    """Whether it is so throughout, without partners and without sharing of directions."""
-    share_direction: float = 0.5
-    """Largest part of its weight in L_dir that a pair is spared."""
+    direction_tokens: int = 128
+    """Tokens of a batch over whose active features L_dir is taken (adaptive)."""
     share_use: float = 1.0
-    """The same of a feature in L_use; until features are grouped all are spared as much."""
+    """Largest part of its weight in L_use that a feature is spared, and all until grouped."""
     share_even: float = 0.5
     """Evenness between domains from which a feature counts as even."""
     expansion: int = 8
@@ -160,7 +155,7 @@ class CustomSAEConfig(Settings):
         self.require_numbers()
         self.require("orthogonality", self.orthogonality in MODES, f"use {', '.join(MODES)}")
         for name in ("steps", "batch_size", "expansion", "group_size", "n_seeds", "log_every",
-                     "counted_tokens", "exact_tokens", "direction_every", "regroup_every",
+                     "counted_tokens", "direction_tokens", "direction_every", "regroup_every",
                      "resample_every", "checkpoint_every"):
             self.require(name, getattr(self, name) >= 1, "use at least 1")
         for name in ("alpha", "eta", "warmup_steps", "first_seed"):
@@ -168,8 +163,7 @@ class CustomSAEConfig(Settings):
         for name in ("learning_rate", "target_l0", "sparsity_penalty", "sparsity_rate",
                      "share_even", "buffer_gigabytes"):
             self.require(name, getattr(self, name) > 0, "use more than 0")
-        for name in ("ramp_fraction", "decay_fraction", "resample_fraction", "share_direction",
-                     "share_use"):
+        for name in ("ramp_fraction", "decay_fraction", "resample_fraction", "share_use"):
             self.require(name, 0 <= getattr(self, name) <= 1, "use a part, from 0 to 1")
         self.require("forget_share", 0 < self.forget_share < 1, "use a part between 0 and 1")
         self.require("log_every", self.log_every <= self.steps, f"use at most steps={self.steps}")
@@ -384,20 +378,17 @@ class CustomSAE(nn.Module):
 # --- Grouping: which features fire together, and what they share --------------------------------
 
 
-class Cofiring(NamedTuple):
-    """Pairs of features that fire together beyond chance, each in both orders: feature by feature,
-    the strongest first."""
+class Partners(NamedTuple):
+    """Pairs of a feature and one with which it fires beyond chance: feature by feature, the
+    strongest first."""
 
     row_N: Tensor
     column_N: Tensor
     weight_N: Tensor  # ω: mean over tokens of 1/n where both are active
-    together_N: Tensor  # from 0, chance, to 1, always together
 
 
-def partners(seen: Firing, group_size: int, sure: float = 4.0,
-             every: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of every `every`-th feature the `group_size` with which it fires most beyond chance, the
-    strongest first: both features, ω, and by how much ω exceeds chance [N].
+def partners(seen: Firing, group_size: int, sure: float = 4.0, every: int = 1) -> Partners:
+    """Of every `every`-th feature the `group_size` with which it fires most beyond chance.
 
     By chance features of rates p_i, p_j have ω = p_i p_j / E[n]. A partner exceeds it by `sure`
     standard errors of a count; with −∞ all pass that ever fire together.
@@ -406,18 +397,9 @@ def partners(seen: Firing, group_size: int, sure: float = 4.0,
     row_N, column_N, sum_N = cofiring_sums(seen.lists_RL, len(fired_F), sure / n, every)
     expected_N = fired_F[row_N] * fired_F[column_N] / tokens
     excess_N = n * sum_N - expected_N
-    passes = excess_N > sure * (expected_N + 1).sqrt()
-    row_N, column_N, excess_N, sum_N = (
-        part[passes] for part in (row_N, column_N, excess_N, sum_N))
-    order = strongest(row_N, excess_N, group_size)
-    return row_N[order], column_N[order], sum_N[order] / tokens, excess_N[order] / (n * tokens)
-
-
-def cofiring(seen: Firing, group_size: int, sure: float = 4.0) -> Cofiring:
-    """Each feature's partners; a pair is kept where either has the other, so N ≤ 2·F·M."""
-    row_N, column_N, weight_N, excess_N = in_both_orders(*partners(seen, group_size, sure))
-    together_N = excess_N / (seen.own_F[row_N] * seen.own_F[column_N]).sqrt()
-    return Cofiring(row_N, column_N, weight_N, together_N.clamp(0, 1))
+    passes = (excess_N > sure * (expected_N + 1).sqrt()).nonzero().squeeze(1)
+    kept = passes[strongest(row_N[passes], excess_N[passes], group_size)]
+    return Partners(row_N[kept], column_N[kept], sum_N[kept] / tokens)
 
 
 def stability(seen: Firing, group_size: int, every: int, sure: float = 4.0) -> float:
@@ -426,48 +408,36 @@ def stability(seen: Firing, group_size: int, every: int, sure: float = 4.0) -> f
     F = len(seen.fired_F)
     halves = (partners(firing(seen.lists_RL[half::2], F), group_size, sure, every)
               for half in (0, 1))
-    one_N, other_N = (row_N * F + column_N for row_N, column_N, *_ in halves)
+    one_N, other_N = (found.row_N * F + found.column_N for found in halves)
     return 2 * int(torch.isin(one_N, other_N).sum()) / max(1, len(one_N) + len(other_N))
 
 
-def sharing(pairs: Cofiring, fired_F: Tensor, use_KF: Tensor, kappa_F: Tensor, kappa_random: float,
-            share_even: float, prior: float = 100.0) -> tuple[Tensor, Tensor]:
-    """What a pair shares in direction [N] and a feature in use [F], each from 0 to 1:
-    s_ij = (1 − together) · even · conditioning, s_i = even = min(1, evenness/share_even).
+def sharing(found: Partners, fired_F: Tensor, use_KF: Tensor, share_even: float,
+            prior: float = 100.0) -> Tensor:
+    """What a feature shares in use, from 0 to 1 [F]: min(1, evenness/share_even).
 
-    A pair is as even and as well conditioned as the worse of both; conditioning is κ_random/κ with
-    its partners, at most 1. Evenness is the least domain's part of a feature's use over the mean
-    domain's, each domain's use being one in all; (n_i e_i + m e_g)/(n_i + m) with n_i the tokens on
-    which it fired, m the `prior`, and e_g the evenness of its partners' mean parts.
+    Evenness is the least domain's part of a feature's use over the mean domain's, each domain's use
+    being one in all. Here it is (n_i e_i + m e_g)/(n_i + m), with n_i the tokens on which the
+    feature fired, m the `prior`, and e_g the evenness of its partners' mean parts, weighted by ω.
     """
     part_KF = use_KF / use_KF.sum(1, keepdim=True).clamp(min=1e-12)
     total_F = part_KF.sum(0)  # of a feature that never fired nothing is known: it counts as even
     part_KF = torch.where(total_F > 0, part_KF / total_F.clamp(min=1e-12), 1 / len(use_KF))
-    weight_N, row_N, column_N = pairs.weight_N.to(part_KF.dtype), pairs.row_N, pairs.column_N
-    group_KF = torch.zeros_like(part_KF).index_add(1, row_N, weight_N * part_KF[:, column_N])
+    of_partners_KN = found.weight_N.to(part_KF.dtype) * part_KF[:, found.column_N]
+    group_KF = torch.zeros_like(part_KF).index_add(1, found.row_N, of_partners_KN)
     group_KF = group_KF.where(group_KF.sum(0) > 0, part_KF)
     own_F, group_F = (len(use_KF) * part.min(0).values / part.sum(0)
                       for part in (part_KF, group_KF))
     evenness_F = (fired_F * own_F + prior * group_F) / (fired_F + prior)
-    even_F = (evenness_F / share_even).clamp(max=1)
-    fit_F = (kappa_random / kappa_F).clamp(max=1)
-    both_even_N, both_fit_N = (torch.minimum(part[row_N], part[column_N])
-                               for part in (even_F, fit_F))
-    return (1 - pairs.together_N) * both_even_N * both_fit_N, even_F
+    return (evenness_F / share_even).clamp(max=1)
 
 
 # --- Losses: pure functions of tensors ----------------------------------------------------------
 
 
-def cofiring_loss(W_FD: Tensor, row_N: Tensor, column_N: Tensor, weight_N: Tensor) -> Tensor:
-    """L_dir = Σ_{i≠j} ω_ij (w_i·w_j)² over the pairs kept, each in both orders, row by row. With ω
-    of all pairs, and nothing shared, it is `active_set_loss` of the tokens counted."""
-    return PairPotential.apply(W_FD, row_N, column_N, weight_N)
-
-
 def active_set_loss(W_FD: Tensor, lists_BL: Tensor) -> Tensor:
-    """Mean over tokens of (1/n) Σ_{i≠j active} (w_i·w_j)², n the number of active features, which
-    are listed from 1 on. Time O(B·L²·D), on a CPU O(B·n²·D)."""
+    """L_dir: mean over tokens of (1/n) Σ_{i≠j active} (w_i·w_j)², n the number of active features,
+    which are listed from 1 on. Time O(B·L²·D), on a CPU O(B·n²·D)."""
     if W_FD.device.type == "cpu":  # a GPU would have to be waited for
         row_N, column_N, sum_N = cofiring_sums(lists_BL, len(W_FD), 0.0)
         return PairPotential.apply(W_FD, row_N, column_N, sum_N / len(lists_BL))
@@ -545,7 +515,7 @@ class CustomTrainer:
 
     USE_MEMORY = 0.98  # of the running means, a step
     ROOM = 6  # of a token's list, over the target L0; with more active features it is not counted
-    JUDGED = 7  # strongest partners, with which a feature's κ is taken
+    JUDGED = 7  # strongest partners, with which a feature's κ is logged
 
     def __init__(self, config: CustomSAEConfig, sae: CustomSAE, seed: int, n_domains: int = 2,
                  processes: Processes | None = None):
@@ -559,9 +529,6 @@ class CustomTrainer:
             "use_KF": torch.zeros(n_domains, sae.d_sae),  # running mean activations by domain
             "use_weight": torch.zeros(()),
             "silent_F": torch.zeros(sae.d_sae, dtype=torch.long),  # steps since a feature fired
-            "pair_row_N": torch.zeros(0, dtype=torch.long),  # of features that fire together
-            "pair_column_N": torch.zeros(0, dtype=torch.long),
-            "pair_weight_N": torch.zeros(0),  # ω_ij (1 − s_ij)
             # until features are grouped nobody knows what must not be shared
             "share_F": torch.full((sae.d_sae,), config.share_use),
             # active features of this process's tokens, from 1 on, since counting began
@@ -647,15 +614,10 @@ class CustomTrainer:
             now = self.direction_now(W_FD, code)
             self.state["l_dir"], self.state["pull_FD"] = now.detach(), torch.autograd.grad(
                 now, W_FD)[0]
-            if self.is_exact():  # of this process's tokens
+            if self.row.orthogonality == "adaptive":  # of tokens of this process
                 for name in ("l_dir", "pull_FD"):
                     self.processes.sum_(self.state[name].div_(self.processes.size))
         return HeldGradient.apply(W_FD, self.state["l_dir"], self.state["pull_FD"], fired_F)
-
-    def is_exact(self) -> bool:
-        """Whether L_dir is taken over active sets of the batch, not over partners."""
-        exact = self.row.exact or self.step_count < self.first_grouping
-        return exact and self.row.orthogonality == "adaptive"
 
     def direction_now(self, W_FD: Tensor, code: Code | DenseCode) -> Tensor:
         if self.row.orthogonality == "gram_encoder":
@@ -664,11 +626,8 @@ class CustomTrainer:
             return max_cosine_loss(W_FD, randomness("chunks", self.seed, self.step_count))
         if self.row.orthogonality == "fixed":
             return frame_loss(W_FD, self.direction_dtype)
-        if self.is_exact():
-            tokens = max(1, self.row.exact_tokens // self.processes.size)
-            return active_set_loss(W_FD, code.lists(self.room)[:tokens])
-        return cofiring_loss(W_FD, *(self.state[f"pair_{name}_N"]
-                                     for name in ("row", "column", "weight")))
+        every = max(1, self.row.batch_size // self.row.direction_tokens)
+        return active_set_loss(W_FD, code.lists(self.room)[::every])
 
     def use_term(self, use_KF: Tensor) -> Tensor:
         if self.row.orthogonality != "adaptive" or not self.row.eta:
@@ -769,7 +728,7 @@ class CustomTrainer:
         self.forget_past_(dead)
 
     def forget_past_(self, features: Tensor) -> None:
-        """Newborn features have no past: no moments, silence, use, partners or lists."""
+        """Newborn features have no past: no moments, silence, use or lists."""
         for parameter in (self.sae.W_enc_FD, self.sae.b_enc, self.sae.W_dec):
             for name in ("exp_avg", "exp_avg_sq"):
                 self.optimizer.state[parameter][name][features] = 0
@@ -778,8 +737,6 @@ class CustomTrainer:
         born = torch.zeros(self.sae.d_sae + 1, dtype=torch.bool, device=self.device)
         born[features + 1] = True  # as in lists
         self.state["lists_RL"].masked_fill_(born[self.state["lists_RL"].long()], 0)
-        either_N = born[self.state["pair_row_N"] + 1] | born[self.state["pair_column_N"] + 1]
-        self.state["pair_weight_N"].masked_fill_(either_N, 0)
 
     def is_grouping(self, step: int) -> bool:
         """First when α is at its full strength, whatever `regroup_every`: L_use begins with it."""
@@ -793,24 +750,17 @@ class CustomTrainer:
         self.check_finite(self.numbers)
         row, W_FD = self.row, self.sae.W_dec.cpu()
         seen = firing(self.processes.gathered(self.state["lists_RL"]).cpu(), len(W_FD))
-        pairs = cofiring(seen, row.group_size)
-        kappa_F = partner_condition_numbers(W_FD, pairs.row_N, pairs.column_N, self.JUDGED)
-        kappa_random = random_condition_number(1 + self.JUDGED, self.sae.d_in)
-        spared_N, even_F = sharing(pairs, seen.fired_F, self.running_use().cpu(), kappa_F,
-                                   kappa_random, row.share_even)
-        spared_N *= row.share_direction
-        for name, part in (("pair_row_N", pairs.row_N), ("pair_column_N", pairs.column_N),
-                           ("pair_weight_N", (pairs.weight_N * (1 - spared_N)).float()),
-                           ("share_F", (row.share_use * even_F).float())):
-            self.state[name] = self.processes.as_first(part.to(self.device))
+        found = partners(seen, row.group_size)
+        share_F = row.share_use * sharing(found, seen.fired_F, self.running_use().cpu(),
+                                          row.share_even)
+        self.state["share_F"] = self.processes.same_(share_F.float().to(self.device))
         self.state["lists_RL"] = self.state["lists_RL"][:0].clone()
-        n_pairs = max(1, len(pairs.row_N))
+        kappa_F = partner_condition_numbers(W_FD, found.row_N, found.column_N, self.JUDGED)
         self.note({name: float(value) for name, value in {
             "kappa_median": kappa_F.median(), "kappa_p90": kappa_F.quantile(0.9),
-            "kappa_max": kappa_F.max(), "share_use": self.state["share_F"].mean(),
-            "share_mean": spared_N.sum() / n_pairs, "together": pairs.together_N.sum() / n_pairs,
-            "partners": len(pairs.row_N) / len(W_FD),
-            "held": pairs.weight_N.sum() / max(seen.n - 1, 1e-12),
+            "kappa_max": kappa_F.max(), "share_use": share_F.mean(),
+            "partners": len(found.row_N) / len(W_FD),
+            "held": found.weight_N.sum() / max(seen.n - 1, 1e-12),
             "stability": stability(seen, row.group_size, every=max(1, len(W_FD) // 128)),
         }.items()})
 

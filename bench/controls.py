@@ -31,8 +31,8 @@ from torch import Tensor
 import experiment
 from experiment import (
     ActivationBuffer,
-    Cofiring,
     CustomSAEConfig,
+    Partners,
     new_trainer,
     resolve_config,
     train_sae,
@@ -42,7 +42,7 @@ from lab.code import CODE, Module
 from lab.console import Clock, UserError
 from lab.distributed import Interrupts, Processes, keep_freed_memory
 from lab.evaluations import Evaluated, evaluate
-from lab.pairs import Firing, in_both_orders
+from lab.pairs import Firing
 from lab.results.final_info import Info, compare, flat_metrics, means_and_stderrs
 from lab.results.frontier import METRICS
 from lab.results.notes import headline
@@ -62,8 +62,7 @@ CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"fixed, α {alpha}": ("run_7", {"alpha": alpha}) for alpha in (0.01, 0.025, 0.1, 0.2)},
     **{f"OrtSAE, γ {gamma}": ("run_9", {"alpha": gamma}) for gamma in (0.05, 0.1, 0.5, 1.0)},
     "OrtSAE, every step, no ramp": ("run_9", {"direction_every": 1, "ramp_fraction": 0.0}),
-    "active sets, no partners (run_2)": ("run_2", {"exact": True}),
-    "nothing shared (run_2)": ("run_2", {"share_direction": 0.0, "share_use": 0.0}),
+    "nothing shared (run_2)": ("run_2", {"share_use": 0.0}),
     "use term alone (run_4)": ("run_4", {
         "alpha": FAINT, "eta": CustomSAEConfig.alpha * CustomSAEConfig.eta / FAINT}),
     **{f"first proposal, α {alpha}": ("run_7", {"orthogonality": "gram_encoder", "alpha": alpha})
@@ -97,23 +96,20 @@ class Mislabelled(ActivationBuffer):
 
 @contextlib.contextmanager
 def random_partners() -> Iterator[None]:
-    """Meanwhile every grouping gives pairs of features that were drawn at random: as many as it
-    counted, with the same weights."""
-    counted = experiment.cofiring
+    """Meanwhile every grouping gives features drawn at random: as many as it counted, with the same
+    weights."""
+    counted = experiment.partners
 
-    def drawn(seen: Firing, group_size: int) -> Cofiring:
-        pairs, F = counted(seen, group_size), len(seen.fired_F)
-        once = pairs.row_N < pairs.column_N
-        row_N, column_N, *values = (part[once] for part in pairs)
-        column_N = torch.randperm(F, generator=randomness("random partners", seen.n))[column_N]
-        others = row_N != column_N
-        return Cofiring(*in_both_orders(*(part[others] for part in (row_N, column_N, *values))))
+    def drawn(seen: Firing, *arguments: Any, **options: Any) -> Partners:
+        found = counted(seen, *arguments, **options)
+        others = torch.randperm(len(seen.fired_F), generator=randomness("random partners", seen.n))
+        return found._replace(column_N=others[found.column_N])
 
-    experiment.cofiring = drawn
+    experiment.partners = drawn
     try:
         yield
     finally:
-        experiment.cofiring = counted
+        experiment.partners = counted
 
 
 def row(run: str, **changes: Any) -> CustomSAEConfig:

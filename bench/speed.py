@@ -12,8 +12,8 @@ steps    our step against the plain dense one. It runs twice: in a process of it
          where it is kept. A third time in bfloat16: what of the ratio is the precision's.
 modes    what each orthogonality loss costs, as a ratio to off
 terms    L_dir without the F × F matrix against its definition
-grouping one grouping, and its part of training. Features fire together by chance here, so few pairs
-         are kept; the counting is all there
+grouping one grouping, and its part of training. Features fire together by chance here, so there are
+         few partners; the counting is all there
 runs     seconds of each phase of the committed study
 peers    three rounds of bench/pipeline.py, where bench/peers.sh has installed them (SAE_PEERS)
 """
@@ -44,7 +44,7 @@ from experiment import (
     CustomSAE,
     CustomSAEConfig,
     CustomTrainer,
-    cofiring_loss,
+    active_set_loss,
 )
 from lab.distributed import keep_freed_memory
 from lab.language_model import faster_dtype
@@ -78,9 +78,7 @@ def trainer(mode: str, d_sae: int, screen: str | None = None) -> CustomTrainer:
     sae.initialize_biases_(BATCHES[0][0], ACTIVE)
     made = CustomTrainer(config, sae, 0)
     made.state["l0"].fill_(ACTIVE)
-    made.step_count = PERIOD
-    if mode == "adaptive":
-        group(made, lists(made))
+    made.step_count = PERIOD  # past the first grouping
     return made
 
 
@@ -182,26 +180,25 @@ def modes(d_sae: int, turns: int) -> list[str]:
             *(ratio(times[mode], times["off"]) for mode in MODES[1:])]
 
 
-def gram_loss(W_FD: Tensor, row_N: Tensor, column_N: Tensor, weight_N: Tensor) -> float:
+def gram_loss(W_FD: Tensor, lists_BL: Tensor) -> float:
     """L_dir by its definition: the F × F matrix of cosines with its weights."""
-    cosine_FF = W_FD @ W_FD.T
-    weight_FF = torch.zeros_like(cosine_FF)
-    weight_FF[row_N, column_N] = weight_N
-    return float((cosine_FF.square_() * weight_FF).sum(dtype=torch.float64))
+    B, L = lists_BL.shape
+    fires_BF = torch.zeros(B, len(W_FD)).scatter_(1, lists_BL.long() - 1, 1.0)
+    weight_FF = fires_BF.T @ fires_BF
+    return float((weight_FF.fill_diagonal_(0) * (W_FD @ W_FD.T).square_()).sum() / (B * L))
 
 
 @torch.no_grad()
 def terms(d_sae: int, turns: int) -> list[str]:
-    W_FD, M = CustomSAE(D, d_sae, randomness("bench", d_sae)).W_dec, CustomSAEConfig.group_size
-    row_N = torch.arange(d_sae).repeat_interleave(2 * M)  # as many pairs as there may be
-    column_N = torch.randint(d_sae, row_N.shape, generator=randomness("bench pairs"))
-    column_N = column_N.view(-1, 2 * M).sort(1).values.flatten()
-    pairs = row_N, column_N, torch.ones(len(row_N))
-    times = in_turns({"ours": (lambda _: cofiring_loss(W_FD, *pairs), 2),
-                      "gram": (lambda _: gram_loss(W_FD, *pairs), 1)}, turns)
-    return [f"{float(cofiring_loss(W_FD, *pairs)):.1f}", f"{gram_loss(W_FD, *pairs):.1f}",
+    W_FD, tokens = (CustomSAE(D, d_sae, randomness("bench", d_sae)).W_dec,
+                    CustomSAEConfig.direction_tokens)
+    draw_BF = torch.rand(tokens, d_sae, generator=randomness("bench lists"))
+    lists_BL = draw_BF.argsort(dim=1)[:, : int(ACTIVE)].int() + 1
+    times = in_turns({"ours": (lambda _: active_set_loss(W_FD, lists_BL), 2),
+                      "gram": (lambda _: gram_loss(W_FD, lists_BL), 1)}, turns)
+    return [f"{float(active_set_loss(W_FD, lists_BL)):.4f}", f"{gram_loss(W_FD, lists_BL):.4f}",
             ratio(times["gram"], times["ours"]), f"{d_sae * d_sae * 8 / 1e6:.0f}",
-            f"{(d_sae * D * 4 + len(row_N) * 28) / 1e6:.0f}"]
+            f"{(d_sae * D * 4 + tokens * ACTIVE**2 * 28) / 1e6:.0f}"]
 
 
 def grouping(d_sae: int, turns: int) -> list[str]:

@@ -81,11 +81,6 @@ class Processes:
         """What the first process has."""
         return self.together(dist.broadcast, part, src=0)
 
-    def as_first(self, part: Tensor) -> Tensor:
-        """What the first process has, where lists [N] may be of different lengths."""
-        length = int(self.same_(torch.tensor(len(part))))
-        return self.same_(torch.nn.functional.pad(part, (0, length - len(part))))
-
     def gathered(self, part: Tensor) -> Tensor:
         """What all have, one after the other; each must have as many rows."""
         whole = part.new_zeros(len(part) * self.size, *part.shape[1:])

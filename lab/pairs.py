@@ -20,7 +20,6 @@ class Firing(NamedTuple):
     lists_RL: Tensor  # of each token, from 1 on; 0 where there are no more
     tokens: int  # that have any, at least 1; means are over these
     fired_F: Tensor  # tokens on which a feature is active
-    own_F: Tensor  # ω_ii: mean over tokens of 1/n where it is active
     n: float  # mean over tokens
 
 
@@ -29,9 +28,8 @@ def firing(lists_RL: Tensor, d_sae: int) -> Firing:
     active_RL = lists_RL > 0
     n_R, feature_N = active_RL.sum(1), lists_RL[active_RL].long() - 1
     tokens = max(1, int((n_R > 0).sum()))
-    own_F = torch.bincount(feature_N, (1 / n_R.double()).repeat_interleave(n_R), d_sae)
-    return Firing(lists_RL, tokens, torch.bincount(feature_N, minlength=d_sae), own_F / tokens,
-                  len(feature_N) / tokens)
+    fired_F = torch.bincount(feature_N, minlength=d_sae)
+    return Firing(lists_RL, tokens, fired_F, len(feature_N) / tokens)
 
 
 def cofiring_sums(lists_RL: Tensor, d_sae: int, least: float, every: int = 1,
@@ -69,18 +67,6 @@ def strongest(row_N: Tensor, strength_N: Tensor, most: int) -> Tensor:
     order = order[row_N[order].argsort(stable=True)]
     rank_N = torch.arange(len(order)) - torch.searchsorted(row_N[order], row_N[order])
     return order[rank_N < most]
-
-
-def in_both_orders(row_N: Tensor, column_N: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """Pairs, in one order or in both, with `values` that are the same in both: each in both orders,
-    feature by feature, the largest of the last value first."""
-    row_N, column_N = torch.cat([row_N, column_N]), torch.cat([column_N, row_N])
-    parts = row_N, column_N, *(part.repeat(2) for part in values)
-    width = int(row_N.max()) + 1 if len(row_N) else 1
-    key_N, order = (row_N * width + column_N).sort(stable=True)
-    order = order[torch.cat([key_N[:1] >= 0, key_N[1:] != key_N[:-1]])]  # each once
-    order = order[strongest(row_N[order], parts[-1][order], len(order))]
-    return tuple(part[order] for part in parts)
 
 
 def partner_condition_numbers(W_FD: Tensor, row_N: Tensor, column_N: Tensor,

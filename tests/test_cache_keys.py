@@ -115,7 +115,7 @@ READ = {"activations", "contexts-ask", "contexts-learn", "sink-norm", "heldout",
 
 @pytest.mark.parametrize(("file", "old", "new", "expected"), [
     # of an experiment
-    ("experiment.py", "(1 - pairs.together_N) * both", "(2 - pairs.together_N) * both",
+    ("experiment.py", "(evenness_F / share_even)", "(evenness_F / 2 / share_even)",
      {"training"}),
     ("experiment.py", "(1 - pure_F)).sum()", "(2 - pure_F)).sum()", {"training"}),
     ("lab/pairs.py", "gram_DD.square().sum() - square_F.square().sum()",
@@ -406,6 +406,6 @@ def test_the_watch_notices_what_a_key_lacks(job, watch, monkeypatch):
     monkeypatch.setattr(ex, "code_digest", lambda *_, **__: code_digest(ex.CustomSAE))
     assert job("run_2") == 0
     missing = {name for names in watch.missing()["training"] for name in names}
-    assert {"experiment.cofiring_loss", "experiment.CustomTrainer.step",
+    assert {"experiment.active_set_loss", "experiment.CustomTrainer.step",
             "lab.pairs.cofiring_sums"} <= missing
     assert "experiment.CustomSAE.normalize_decoder_" not in missing

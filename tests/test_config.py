@@ -16,13 +16,13 @@ BAD_VALUES = [  # alone, whatever it is trained on: field, value, what would be 
     ("orthogonality", "strong", "use off, fixed, adaptive, max_cosine, gram_encoder"),
     *((name, 0, "use at least 1") for name in (
         "steps", "batch_size", "expansion", "group_size", "n_seeds", "log_every",
-        "counted_tokens", "exact_tokens", "direction_every", "regroup_every", "resample_every",
+        "counted_tokens", "direction_tokens", "direction_every", "regroup_every", "resample_every",
         "checkpoint_every")),
     *((name, -1, "use at least 0") for name in ("alpha", "eta", "warmup_steps", "first_seed")),
     *((name, 0.0, "use more than 0") for name in (
         "learning_rate", "target_l0", "sparsity_penalty", "sparsity_rate", "share_even")),
     *((name, 1.5, "use a part, from 0 to 1") for name in (
-        "ramp_fraction", "decay_fraction", "resample_fraction", "share_direction", "share_use")),
+        "ramp_fraction", "decay_fraction", "resample_fraction", "share_use")),
     ("log_every", 601, "use at most steps=600"),
     ("steps", 10.0, "use a whole number"), ("steps", "600", "use a whole number"),
     ("alpha", math.nan, "use a finite number"), ("alpha", "0.1", "use a finite number"),

@@ -107,8 +107,7 @@ def test_the_use_term_makes_features_purer_and_sharing_restrains_it():
     """By itself it also splits general features in two, which is what sharing is for."""
     results = measured(**{"off": dict(orthogonality="off", alpha=0.0),
                           "shared": dict(orthogonality="adaptive", alpha=0.05),
-                          "not shared": dict(orthogonality="adaptive", alpha=0.05, share_use=0.0,
-                                            share_direction=0.0)})
+                          "not shared": dict(orthogonality="adaptive", alpha=0.05, share_use=0.0)})
     purity, split, evenness = ({name: scores[key] for name, scores in results.items()}
                                for key in ("purity", "split", "evenness"))
     assert purity["not shared"] > purity["off"] + 0.05

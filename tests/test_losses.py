@@ -1,16 +1,11 @@
 """Every loss against the explicit F × F computation and float64 autograd or finite differences."""
 
-import math
-
 import pytest
 import torch
 from torch.autograd import gradcheck
 
 from experiment import (
     active_set_loss,
-    cofiring,
-    cofiring_loss,
-    firing,
     frame_loss,
     gram_encoder_loss,
     max_cosine_loss,
@@ -86,51 +81,23 @@ def tokens(generator):
     return fires
 
 
-def test_l_dir_of_all_pairs_and_of_active_sets_is_that_of_the_whole_gram_matrix(tokens, generator):
+def test_l_dir_of_active_sets_is_that_of_the_whole_gram_matrix(tokens, generator):
     """Value and gradient, in float64; rows need not be of unit norm."""
     W = torch.randn(20, 7, dtype=torch.float64, generator=generator)
-    pairs = cofiring(firing(fired(tokens), 20), 19, sure=-math.inf)
-    omega = plain_cofiring(tokens)
-    assert len(pairs.row_N) == int((omega > 0).sum())
-    losses = (lambda w: (omega * (w @ w.T) ** 2).sum(),
-              lambda w: cofiring_loss(w, pairs.row_N, pairs.column_N, pairs.weight_N),
-              lambda w: active_set_loss(w, fired(tokens)))
-    plain, *ours = [w.requires_grad_() for w in (W.clone(), W.clone(), W.clone())]
-    expected = losses[0](plain)
-    (3 * expected).backward()
-    for w, loss in zip(ours, losses[1:]):
-        value = loss(w)
-        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
-        (3 * value).backward()
-        torch.testing.assert_close(w.grad, plain.grad, rtol=1e-10, atol=1e-12)
-        assert gradcheck(loss, W.clone().requires_grad_())
-
-
-def test_l_dir_of_kept_pairs_leaves_out_the_others_and_weighs_each_by_what_is_not_shared(
-        tokens, generator):
-    W = torch.randn(20, 7, dtype=torch.float64, generator=generator)
-    pairs = cofiring(firing(fired(tokens), 20), 3, sure=0.0)
-    assert 20 < len(pairs.row_N) < 19 * 20 / 2
-    spared = torch.rand(20, 20, dtype=torch.float64, generator=generator)
-    spared = (spared + spared.T) / 2
-    weight = torch.zeros(20, 20, dtype=torch.float64)
-    weight[pairs.row_N, pairs.column_N] = plain_cofiring(tokens)[pairs.row_N, pairs.column_N]
     ours, plain = W.clone().requires_grad_(), W.clone().requires_grad_()
-    a = cofiring_loss(ours, pairs.row_N, pairs.column_N,
-                      pairs.weight_N * (1 - spared[pairs.row_N, pairs.column_N]))
-    b = (weight * (1 - spared) * (plain @ plain.T) ** 2).sum()
-    torch.testing.assert_close(a, b)
-    a.backward()
-    b.backward()
-    torch.testing.assert_close(ours.grad, plain.grad)
+    value = active_set_loss(ours, fired(tokens))
+    expected = (plain_cofiring(tokens) * (plain @ plain.T) ** 2).sum()
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
+    (3 * value).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-10, atol=1e-12)
+    assert gradcheck(lambda w: active_set_loss(w, fired(tokens)), W.clone().requires_grad_())
 
 
-def test_without_pairs_and_without_active_features_l_dir_is_zero(generator):
+def test_without_two_active_features_l_dir_is_zero(generator):
     W = torch.randn(6, 5, generator=generator, requires_grad=True)
-    pairs = cofiring(firing(torch.zeros(0, 4, dtype=torch.int32), 6), 3)
     lonely = torch.tensor([[3, 0], [0, 0]], dtype=torch.int32)
-    for loss in (cofiring_loss(W, pairs.row_N, pairs.column_N, pairs.weight_N),
-                 active_set_loss(W, lonely), active_set_loss(W, lonely[1:])):
+    for loss in (active_set_loss(W, lonely), active_set_loss(W, lonely[1:])):
         assert loss.item() == 0
         assert float(torch.autograd.grad(loss, W)[0].abs().max()) == 0
 
@@ -145,19 +112,16 @@ def test_features_that_fire_together_are_pushed_apart_and_those_that_never_do_ar
     fires[:, :2] = on & (torch.rand(4000, 2, generator=g) < 0.8)
     turn = torch.rand(4000, generator=g)
     fires[:, 2], fires[:, 3] = turn < 0.2, turn > 0.8
-    pairs = cofiring(firing(fired(fires), 4), 3)
-    for loss in (lambda w: cofiring_loss(w, pairs.row_N, pairs.column_N, pairs.weight_N.float()),
-                 lambda w: active_set_loss(w, fired(fires))):
-        moved = W.clone().requires_grad_()
-        for _ in range(200):
-            gradient = torch.autograd.grad(loss(moved), moved)[0]
-            assert float(gradient[:2].norm(dim=1).min()) > 0
-            assert float((moved[2] @ moved[3]).detach()) > 0.9
-            moved = torch.nn.functional.normalize(moved - gradient, dim=1).detach()
-            moved.requires_grad_()
-        assert float(W[0] @ W[1]) > 0.9
-        assert abs(float((moved[0] @ moved[1]).detach())) < 0.1
-        torch.testing.assert_close(moved[2] @ moved[3], W[2] @ W[3], atol=0.02, rtol=0)
+    moved = W.clone().requires_grad_()
+    for _ in range(200):
+        gradient = torch.autograd.grad(active_set_loss(moved, fired(fires)), moved)[0]
+        assert float(gradient[:2].norm(dim=1).min()) > 0
+        assert float((moved[2] @ moved[3]).detach()) > 0.9
+        moved = torch.nn.functional.normalize(moved - gradient, dim=1).detach()
+        moved.requires_grad_()
+    assert float(W[0] @ W[1]) > 0.9
+    assert abs(float((moved[0] @ moved[1]).detach())) < 0.1
+    torch.testing.assert_close(moved[2] @ moved[3], W[2] @ W[3], atol=0.02, rtol=0)
 
 
 # -- The other losses ------------------------------------------------------------------------------

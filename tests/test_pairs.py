@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from experiment import Cofiring, cofiring, firing, partners, sharing, stability
+from experiment import Partners, firing, partners, sharing, stability
 from lab.grouping import condition_numbers
-from lab.pairs import cofiring_sums, in_both_orders, partner_condition_numbers, strongest
+from lab.pairs import cofiring_sums, partner_condition_numbers, strongest
 
 
 def lists_of(fires, room=None):
@@ -73,7 +73,7 @@ def test_counts_of_some_features_and_above_some_count_are_parts_of_all(fires):
 def test_order_and_gaps_of_lists_do_not_matter(fires):
     lists = lists_of(fires)
     mixed = lists[:, torch.randperm(30, generator=torch.Generator().manual_seed(1))]
-    for one, other in zip(cofiring(firing(lists, 30), 5), cofiring(firing(mixed, 30), 5)):
+    for one, other in zip(partners(firing(lists, 30), 5), partners(firing(mixed, 30), 5)):
         assert torch.equal(one, other)
 
 
@@ -82,8 +82,6 @@ def test_rates_are_over_tokens_on_which_anything_fires(fires):
     assert seen.tokens == 199
     assert torch.equal(seen.fired_F, fires.sum(0))
     assert seen.n == pytest.approx(float(fires.sum()) / 199)
-    part = fires / fires.sum(1, keepdim=True).clamp(min=1)
-    torch.testing.assert_close(seen.own_F, part.double().sum(0) / 199)
 
 
 # -- Partners --------------------------------------------------------------------------------------
@@ -94,39 +92,22 @@ def test_partners_are_the_strongest_beyond_chance_by_hand(fires):
     omega = brute_force(fires) / 199
     rate = fires.sum(0).double() / 199
     excess = omega - rate[:, None] * rate / seen.n
-    row, column, weight, beyond = partners(seen, 4, sure=0.0)
+    row, column, weight = partners(seen, 4, sure=0.0)
     assert torch.bincount(row, minlength=30).max() == 4
     for i in range(30):
         others = [j for j in excess[i].argsort(descending=True).tolist()
                   if j != i and excess[i, j] > 0 and omega[i, j] > 0]
         assert column[row == i].tolist() == others[:4]
     torch.testing.assert_close(weight, omega[row, column])
-    torch.testing.assert_close(beyond, excess[row, column])
 
 
-def test_a_pair_is_kept_in_both_orders_where_either_has_the_other(fires):
-    seen = firing(lists_of(fires), 30)
-    row, column, *_ = partners(seen, 3, sure=0.0)
-    either = {*zip(row.tolist(), column.tolist()), *zip(column.tolist(), row.tolist())}
-    pairs = cofiring(seen, 3, sure=0.0)
-    both = list(zip(pairs.row_N.tolist(), pairs.column_N.tolist()))
-    assert len(both) == len(set(both))
-    assert set(both) == either
-    assert len(row) < len(both) <= 2 * 3 * 30
-    assert pairs.row_N.tolist() == sorted(pairs.row_N.tolist())
-    order = dict(zip(both, pairs.weight_N.tolist()))
-    assert all(order[i, j] == order[j, i] for i, j in both)
-    assert 0 <= float(pairs.together_N.min()) < float(pairs.together_N.max()) <= 1
-
-
-def test_features_that_always_fire_together_are_wholly_together_and_no_partners_by_chance():
+def test_features_that_always_fire_together_are_partners_and_none_is_by_chance():
     """Nor is one that fires on every token anybody's partner."""
     g = torch.Generator().manual_seed(0)
     fires = torch.rand(20_000, 6, generator=g) < 0.02
     fires[:, 1], fires[:, 5] = fires[:, 0], True
-    pairs = cofiring(firing(lists_of(fires), 6), 5)
-    assert list(zip(pairs.row_N.tolist(), pairs.column_N.tolist())) == [(0, 1), (1, 0)]
-    assert float(pairs.together_N.min()) > 0.9
+    found = partners(firing(lists_of(fires), 6), 5)
+    assert list(zip(found.row_N.tolist(), found.column_N.tolist())) == [(0, 1), (1, 0)]
 
 
 def test_the_strongest_of_each_row_come_first_and_ties_as_they_are():
@@ -135,15 +116,10 @@ def test_the_strongest_of_each_row_come_first_and_ties_as_they_are():
     assert strongest(row, strength, 2).tolist() == [4, 1, 2, 0, 5]
 
 
-def test_both_orders_of_no_pairs_are_no_pairs():
-    none = torch.zeros(0, dtype=torch.long)
-    assert [len(part) for part in in_both_orders(none, none, none.double())] == [0, 0, 0]
-
-
 def test_partners_are_members_of_the_planted_group_and_most_of_it_is_found():
     label, fires = planted(512, 32, 32_768)
-    pairs = cofiring(firing(lists_of(fires, 120), 512), 31)
-    right = label[pairs.row_N] == label[pairs.column_N]
+    found = partners(firing(lists_of(fires, 120), 512), 31)
+    right = label[found.row_N] == label[found.column_N]
     assert float(right.float().mean()) > 0.95
     assert int(right.sum()) > 0.6 * 512 * 31
 
@@ -181,55 +157,46 @@ def test_a_features_condition_number_is_that_of_its_direction_and_its_first_part
 # -- What is shared --------------------------------------------------------------------------------
 
 EVEN = torch.ones(2, 4)
+MUTUAL = Partners(torch.arange(4), torch.tensor([1, 0, 3, 2]), torch.ones(4))  # 0 and 1, 2 and 3
 
 
-def pairs_of(together=(0.0, 0.0, 0.0, 0.0), weight=(1.0, 1.0, 1.0, 1.0)):
-    """Features 0 and 1, and 2 and 3."""
-    return Cofiring(torch.tensor([0, 1, 2, 3]), torch.tensor([1, 0, 3, 2]), torch.tensor(weight),
-                    torch.tensor(together))
+def shares(use=EVEN, fired=(1000.0,) * 4, prior=100.0, even=1.0, found=MUTUAL):
+    return pytest.approx(sharing(found, torch.tensor(fired), use, even, prior).tolist(), abs=1e-6)
 
 
-def shares(pairs=None, use=EVEN, fired=(1000.0,) * 4, kappa=(1.0,) * 4, prior=100.0,
-           even=1.0):
-    found = sharing(pairs or pairs_of(), torch.tensor(fired), use, torch.tensor(kappa), 1.5, even,
-                    prior)
-    return [pytest.approx(part.tolist(), abs=1e-6) for part in found]
-
-
-def test_even_well_conditioned_features_share_all_but_what_fires_together():
-    assert shares() == [[1.0] * 4, [1.0] * 4]
-    assert shares(pairs_of((0.25, 0.25, 1.0, 1.0)))[0] == [0.75, 0.75, 0.0, 0.0]
-
-
-def test_what_is_badly_conditioned_with_its_partners_shares_no_directions_and_still_its_use():
-    assert shares(kappa=(1.5, 1.2, 3.0, 1e7)) == [[1.0, 1.0, 1.5e-7, 1.5e-7], [1.0] * 4]
-    assert shares(kappa=(1.0, 3.0, 1.0, 1.0))[0] == [0.5, 0.5, 1.0, 1.0]  # the worse counts
-
-
-def test_a_feature_is_as_even_as_it_serves_the_domains_and_a_pair_as_the_less_even():
+def test_a_feature_shares_as_evenly_as_it_serves_the_domains():
     use = torch.tensor([[3.0, 1, 2, 0], [1.0, 3, 2, 2]])  # by domain; 6 and 8 in all
     part = [0.5 / (0.5 + 1 / 8), (1 / 6) / (1 / 6 + 3 / 8), (1 / 3) / (1 / 3 + 1 / 4), 0.0]
     even = [2 * min(p, 1 - p) for p in part]
-    direction, one = shares(use=use, prior=0.0)
-    assert one == even
-    assert direction == [min(even[:2])] * 2 + [min(even[2:])] * 2
-    assert shares(use=use, prior=0.0, even=0.5)[1] == [min(1, 2 * e) for e in even]
+    assert shares(use=use, prior=0.0) == even
+    assert shares(use=use, prior=0.0, even=0.5) == [min(1, 2 * e) for e in even]
+    assert shares() == [1.0] * 4
 
 
 def test_evenness_leans_on_the_partners_where_a_feature_fired_rarely():
     """(n e + m e_g)/(n + m): a dense even feature exempts no partner that was seen often."""
     use = torch.tensor([[9.0, 1, 5, 5], [9.0, 0, 5, 6]])
-    alone = shares(use=use, prior=0.0)[1].expected
+    alone = shares(use=use, prior=0.0).expected
     assert alone[1] == 0
     assert alone[0] > 0.95
     for fired, leaning in ((100.0, 0.5), (900.0, 0.1), (0.0, 1.0)):
-        one = shares(use=use, fired=(1000.0, fired, 1000.0, 1000.0))[1].expected
+        one = shares(use=use, fired=(1000.0, fired, 1000.0, 1000.0)).expected
         assert one[1] == pytest.approx(leaning * alone[0])
     assert 0 < one[0] < alone[0]
 
 
+def test_partners_count_by_how_often_they_fire_together():
+    """Feature 0 never fired; a partner serves one domain, the other both."""
+    use = torch.tensor([[0.0, 1, 1, 2], [0.0, 0, 1, 3]])  # 4 in all by domain
+    for weight in (0.0, 0.25, 1.0):
+        found = Partners(torch.tensor([0, 0]), torch.tensor([1, 2]), torch.tensor([weight, 1.0]))
+        forget, retain = weight * 1 + 0.5, 0.5  # feature 2 is half and half
+        expected = 2 * min(forget, retain) / (forget + retain)
+        assert shares(use=use, fired=(0.0, 9.0, 9.0, 9.0), found=found).expected[0] == (
+            pytest.approx(expected))
+
+
 def test_what_never_fired_and_has_no_partners_counts_as_even():
     use = torch.tensor([[0.0, 1, 1, 1], [0.0, 1, 1, 1]])
-    none = Cofiring(*torch.zeros(2, 0, dtype=torch.long), torch.zeros(0), torch.zeros(0))
-    found = sharing(none, torch.zeros(4), use, torch.ones(4), 1.5, 0.5)
-    assert [part.tolist() for part in found] == [[], [1.0] * 4]
+    none = Partners(*torch.zeros(2, 0, dtype=torch.long), torch.zeros(0))
+    assert sharing(none, torch.zeros(4), use, 0.5).tolist() == [1.0] * 4
