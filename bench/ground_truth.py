@@ -175,7 +175,7 @@ def recovered(rows: Rows, world: World) -> dict[str, float]:
         "recovery": float(best_T.mean()),
         "sharing": float(best_T[world.sharing_T].mean()),
         "independent": float(best_T[~world.sharing_T & ~world.dense_T].mean()),
-        "dense": float(best_T[world.dense_T].mean()),
+        **({"dense": float(best_T[world.dense_T].mean())} if world.dense else {}),
         "specific": float(best_T[~general_T].mean()),
         "general": float(best_T[general_T].mean()),
         "found": float(found_T.float().mean()),
@@ -256,7 +256,7 @@ def table(scores: dict[str, list[dict[str, float]]]) -> str:
 
 
 FULL = World(), CustomSAEConfig(expansion=4, steps=800, batch_size=1024, learning_rate=3e-3)
-QUICK = World(d_in=64, group_size=8, groups_specific=4, groups_general=4, group_rate=0.2,
+QUICK = World(d_in=64, group_size=8, groups_specific=4, groups_general=4, group_rate=0.2, dense=0,
               tokens=50_000), (
     dataclasses.replace(FULL[1], steps=300, batch_size=512, warmup_steps=20, regroup_every=50,
                         resample_every=50, sparsity_penalty=0.2, sparsity_rate=0.03)

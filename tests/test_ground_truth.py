@@ -1,5 +1,6 @@
 """The known dictionary: what is planted, and what every mode must at least find of it."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -16,33 +17,34 @@ WORLD, CONFIG = gt.QUICK
 
 
 def test_directions_firing_and_styles_are_as_planted():
-    w_TD, sharing = WORLD.directions(), WORLD.sharing_T
+    world = dataclasses.replace(WORLD, dense=3)
+    w_TD, sharing = world.directions(), world.sharing_T
     torch.testing.assert_close(w_TD.norm(dim=1), torch.ones(len(w_TD)))
-    grouped_TD = w_TD[~WORLD.dense_T]
-    cosine = (grouped_TD @ grouped_TD.T).view(WORLD.n_groups, WORLD.group_size, WORLD.n_groups, -1)
-    group = torch.arange(WORLD.n_groups)
+    grouped_TD = w_TD[~world.dense_T]
+    cosine = (grouped_TD @ grouped_TD.T).view(world.n_groups, world.group_size, world.n_groups, -1)
+    group = torch.arange(world.n_groups)
     within = cosine[group, :, group]
-    off_diagonal = ~torch.eye(WORLD.group_size, dtype=torch.bool)
+    off_diagonal = ~torch.eye(world.group_size, dtype=torch.bool)
     mean_G = within[:, off_diagonal].mean(1)
-    shares_G = sharing[~WORLD.dense_T].view(WORLD.n_groups, -1)[:, 0]
-    assert mean_G[shares_G] == pytest.approx(WORLD.common, abs=0.1)
+    shares_G = sharing[~world.dense_T].view(world.n_groups, -1)[:, 0]
+    assert mean_G[shares_G] == pytest.approx(world.common, abs=0.1)
     assert mean_G[~shares_G] == pytest.approx(0, abs=0.1)
-    assert float(cosine[0, :, WORLD.groups_specific].mean()) > WORLD.common - 0.2  # two meanings
-    z, domain, a = WORLD.sample(20_000, "a test")
-    again = WORLD.sample(20_000, "a test")
+    assert float(cosine[0, :, world.groups_specific].mean()) > world.common - 0.2  # two meanings
+    z, domain, a = world.sample(20_000, "a test")
+    again = world.sample(20_000, "a test")
     assert all(torch.equal(one, other) for one, other in zip((z, domain, a), again))
     use = torch.stack([(a[domain == k] > 0).float().mean(0) for k in range(2)])
-    assert use[1][WORLD.domain_T == 0].max() == use[0][WORLD.domain_T == 1].max() == 0
-    general = use[:, WORLD.domain_T == gt.GENERAL].mean(1)
+    assert use[1][world.domain_T == 0].max() == use[0][world.domain_T == 1].max() == 0
+    general = use[:, world.domain_T == gt.GENERAL].mean(1)
     assert float(general[0] / general[1]) == pytest.approx(1, abs=0.1)
-    fires = (a[:, : WORLD.group_size] > 0).float()[domain == 0]
+    fires = (a[:, : world.group_size] > 0).float()[domain == 0]
     correlation = torch.corrcoef(fires.T)[off_diagonal]
     assert float(correlation.mean()) > 0.05  # members fire together
-    assert WORLD.dense_T.sum() == WORLD.dense > 0
-    often = (a[:, WORLD.dense_T] > 0).float().mean(0)
-    assert often.tolist() == pytest.approx([WORLD.dense_rate] * WORLD.dense, abs=0.02)
-    third = WORLD.sample(1000, "a test", third=True)[2]
-    assert third[:, WORLD.domain_T == 0].max() == 0  # and say nothing of the domain they look like
+    assert world.dense_T.sum() == world.dense > 0
+    often = (a[:, world.dense_T] > 0).float().mean(0)
+    assert often.tolist() == pytest.approx([world.dense_rate] * world.dense, abs=0.02)
+    third = world.sample(1000, "a test", third=True)[2]
+    assert third[:, world.domain_T == 0].max() == 0  # and say nothing of the domain they look like
 
 
 @pytest.fixture
