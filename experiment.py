@@ -66,7 +66,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "run_3": dict(purpose="α sweep, weak", orthogonality="adaptive", alpha=0.01),
     "run_4": dict(purpose="grouping, frequent", orthogonality="adaptive", regroup_every=100),
     "run_5": dict(purpose="grouping, rare", orthogonality="adaptive", regroup_every=500),
-    "run_6": dict(purpose="direction only: sharing by itself", orthogonality="adaptive", eta=0.0),
+    "run_6": dict(purpose="direction only", orthogonality="adaptive", eta=0.0),
     "run_7": dict(purpose="fixed orthogonal SAE", orthogonality="fixed"),
     "run_8": dict(purpose="vanilla SAE: the trained baseline", orthogonality="off", alpha=0.0),
     "run_9": dict(purpose="OrtSAE, the published competitor (α is its γ)",
@@ -387,14 +387,14 @@ class Partners(NamedTuple):
     weight_N: Tensor  # ω: mean over tokens of 1/n where both are active
 
 
-def partners(seen: Firing, group_size: int, sure: float = 4.0, every: int = 1) -> Partners:
+def partners(counted: Firing, group_size: int, sure: float = 4.0, every: int = 1) -> Partners:
     """Of every `every`-th feature the `group_size` with which it fires most beyond chance.
 
     By chance features of rates p_i, p_j have ω = p_i p_j / E[n]. A partner exceeds it by `sure`
     standard errors of a count; with −∞ all pass that ever fire together.
     """
-    tokens, fired_F, n = seen.tokens, seen.fired_F.double(), max(seen.n, 1.0)
-    row_N, column_N, sum_N = cofiring_sums(seen.lists_RL, len(fired_F), sure / n, every)
+    tokens, fired_F, n = counted.tokens, counted.fired_F.double(), max(counted.n, 1.0)
+    row_N, column_N, sum_N = cofiring_sums(counted.lists_RL, len(fired_F), sure / n, every)
     expected_N = fired_F[row_N] * fired_F[column_N] / tokens
     excess_N = n * sum_N - expected_N
     passes = (excess_N > sure * (expected_N + 1).sqrt()).nonzero().squeeze(1)
@@ -402,11 +402,11 @@ def partners(seen: Firing, group_size: int, sure: float = 4.0, every: int = 1) -
     return Partners(row_N[kept], column_N[kept], sum_N[kept] / tokens)
 
 
-def stability(seen: Firing, group_size: int, every: int, sure: float = 4.0) -> float:
+def stability(counted: Firing, group_size: int, every: int, sure: float = 4.0) -> float:
     """Overlap of partners found from two halves of the tokens: the part of those found in one half
     that is found in the other too. Of every `every`-th feature."""
-    F = len(seen.fired_F)
-    halves = (partners(firing(seen.lists_RL[half::2], F), group_size, sure, every)
+    F = len(counted.fired_F)
+    halves = (partners(firing(counted.lists_RL[half::2], F), group_size, sure, every)
               for half in (0, 1))
     one_N, other_N = (found.row_N * F + found.column_N for found in halves)
     return 2 * int(torch.isin(one_N, other_N).sum()) / max(1, len(one_N) + len(other_N))
@@ -514,7 +514,7 @@ class CustomTrainer:
     """
 
     USE_MEMORY = 0.98  # of the running means, a step
-    ROOM = 6  # of a token's list, over the target L0; with more active features it is not counted
+    LISTED = 6  # active features of a token, over the target L0; what has more is not counted
     JUDGED = 7  # strongest partners, with which a feature's κ is logged
 
     def __init__(self, config: CustomSAEConfig, sae: CustomSAE, seed: int, n_domains: int = 2,
@@ -523,7 +523,7 @@ class CustomTrainer:
         self.processes = processes or Processes()
         self.alpha = config.alpha
         self.first_grouping = max(1, round(config.ramp_fraction * config.steps))
-        self.room = min(sae.d_sae, math.ceil(self.ROOM * config.target_l0))
+        self.list_length = min(sae.d_sae, math.ceil(self.LISTED * config.target_l0))
         self.optimizer = torch.optim.Adam(sae.parameters(), lr=config.learning_rate, fused=True)
         state = {
             "use_KF": torch.zeros(n_domains, sae.d_sae),  # running mean activations by domain
@@ -532,7 +532,7 @@ class CustomTrainer:
             # until features are grouped nobody knows what must not be shared
             "share_F": torch.full((sae.d_sae,), config.share_use),
             # active features of this process's tokens, from 1 on, since counting began
-            "lists_RL": torch.zeros(0, self.room, dtype=torch.int32),
+            "lists_RL": torch.zeros(0, self.list_length, dtype=torch.int32),
             "log_sparsity": torch.tensor(math.log(config.sparsity_penalty), dtype=torch.float64),
             "l0": torch.tensor(2.0 * config.target_l0, dtype=torch.float64),  # running
             "l_dir": torch.zeros(()),
@@ -627,7 +627,7 @@ class CustomTrainer:
         if self.row.orthogonality == "fixed":
             return frame_loss(W_FD, self.direction_dtype)
         every = max(1, self.row.batch_size // self.row.direction_tokens)
-        return active_set_loss(W_FD, code.lists(self.room)[::every])
+        return active_set_loss(W_FD, code.lists(self.list_length)[::every])
 
     def use_term(self, use_KF: Tensor) -> Tensor:
         if self.row.orthogonality != "adaptive" or not self.row.eta:
@@ -696,7 +696,8 @@ class CustomTrainer:
         self.state["silent_F"].add_(1).masked_fill_(seen.fired_F, 0)
         ahead = range(t + 1, t + 1 + math.ceil(row.counted_tokens / row.batch_size))
         if any(map(self.is_grouping, ahead)):
-            self.state["lists_RL"] = torch.cat([self.state["lists_RL"], code.lists(self.room)])
+            lists_BL = code.lists(self.list_length)
+            self.state["lists_RL"] = torch.cat([self.state["lists_RL"], lists_BL])
         if t % row.resample_every == 0 and 0 < t <= row.resample_fraction * row.steps:
             self.resample_(z_BD, code)
 
@@ -728,12 +729,15 @@ class CustomTrainer:
         self.forget_past_(dead)
 
     def forget_past_(self, features: Tensor) -> None:
-        """Newborn features have no past: no moments, silence, use or lists."""
+        """Newborn features have no past: neither moments nor silence, use, share, pull, lists."""
         for parameter in (self.sae.W_enc_FD, self.sae.b_enc, self.sae.W_dec):
             for name in ("exp_avg", "exp_avg_sq"):
                 self.optimizer.state[parameter][name][features] = 0
         self.state["silent_F"][features] = 0
         self.state["use_KF"][:, features] = 0
+        self.state["share_F"][features] = self.row.share_use
+        if self.row.orthogonality != "off":
+            self.state["pull_FD"][features] = 0
         born = torch.zeros(self.sae.d_sae + 1, dtype=torch.bool, device=self.device)
         born[features + 1] = True  # as in lists
         self.state["lists_RL"].masked_fill_(born[self.state["lists_RL"].long()], 0)
@@ -749,9 +753,9 @@ class CustomTrainer:
         history's sake; only `adaptive` makes a difference of it."""
         self.check_finite(self.numbers)
         row, W_FD = self.row, self.sae.W_dec.cpu()
-        seen = firing(self.processes.gathered(self.state["lists_RL"]).cpu(), len(W_FD))
-        found = partners(seen, row.group_size)
-        share_F = row.share_use * sharing(found, seen.fired_F, self.running_use().cpu(),
+        counted = firing(self.processes.gathered(self.state["lists_RL"]).cpu(), len(W_FD))
+        found = partners(counted, row.group_size)
+        share_F = row.share_use * sharing(found, counted.fired_F, self.running_use().cpu(),
                                           row.share_even)
         self.state["share_F"] = self.processes.same_(share_F.float().to(self.device))
         self.state["lists_RL"] = self.state["lists_RL"][:0].clone()
@@ -760,8 +764,8 @@ class CustomTrainer:
             "kappa_median": kappa_F.median(), "kappa_p90": kappa_F.quantile(0.9),
             "kappa_max": kappa_F.max(), "share_use": share_F.mean(),
             "partners": len(found.row_N) / len(W_FD),
-            "held": found.weight_N.sum() / max(seen.n - 1, 1e-12),
-            "stability": stability(seen, row.group_size, every=max(1, len(W_FD) // 128)),
+            "held": found.weight_N.sum() / max(counted.n - 1, 1e-12),
+            "stability": stability(counted, row.group_size, every=max(1, len(W_FD) // 128)),
         }.items()})
 
     def note(self, values: Mapping[str, float]) -> None:

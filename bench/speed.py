@@ -85,7 +85,7 @@ def trainer(mode: str, d_sae: int, screen: str | None = None) -> CustomTrainer:
 def lists(made: CustomTrainer) -> Tensor:
     """What is active on as many tokens as are counted before a grouping."""
     batches = (batch(PERIOD + i)[0] for i in range(math.ceil(made.row.counted_tokens / B)))
-    return torch.cat([made.code(z_BD).lists(made.room) for z_BD in batches])
+    return torch.cat([made.code(z_BD).lists(made.list_length) for z_BD in batches])
 
 
 def group(made: CustomTrainer, lists_RL: Tensor) -> None:

@@ -437,7 +437,7 @@ def test_dead_features_are_given_a_new_life(small_config):
 
 
 def test_newborn_features_have_no_past(small_config):
-    """No moments, silence, use nor places in lists: these are of the one they were."""
+    """No moments, silence, use, share, pull nor places in lists: these are of what they were."""
     z, domain = planted_activations(8192)
     trainer = new_trainer(small_config, z)
     trainer.first_grouping = 16
@@ -449,6 +449,8 @@ def test_newborn_features_have_no_past(small_config):
     of_born = (listed == 4) | (listed == 78)
     assert {4, 78} <= set(listed.unique().tolist())
     use = trainer.state["use_KF"].clone()
+    trainer.state["share_F"].fill_(0.5)
+    pull_FD = trainer.state["pull_FD"].clone()
     z_BD, domain_B = batch(z, domain, 15)
     code = trainer.sae.dense_code(z_BD)
     with torch.no_grad():
@@ -457,6 +459,9 @@ def test_newborn_features_have_no_past(small_config):
     old[born] = False
     assert torch.equal(trainer.state["lists_RL"], listed.masked_fill(of_born, 0))
     assert torch.equal(trainer.state["use_KF"], use * old)
+    assert float(pull_FD[born].norm(dim=1).min()) > 0
+    assert torch.equal(trainer.state["pull_FD"], pull_FD * old[:, None])
+    assert torch.equal(trainer.state["share_F"], torch.where(old, 0.5, small_config.share_use))
     assert trainer.state["silent_F"][born].tolist() == [0, 0]
     for parameter in (trainer.sae.W_enc_FD, trainer.sae.b_enc, trainer.sae.W_dec):
         for moment in ("exp_avg", "exp_avg_sq"):
