@@ -110,6 +110,19 @@ def test_features_that_always_fire_together_are_partners_and_none_is_by_chance()
     assert list(zip(found.row_N.tolist(), found.column_N.tolist())) == [(0, 1), (1, 0)]
 
 
+@pytest.mark.parametrize(("together", "expected"), [(23, False), (24, True)])
+def test_a_partner_exceeds_chance_by_four_standard_errors(together, expected):
+    """Of 1,000 tokens with four active features each, two features are active on 100 each. By
+    chance they meet on 10, and four standard errors are 4 √(10 + 1) = 13.3."""
+    fires = torch.zeros(1000, 6, dtype=torch.bool)
+    fires[:100, 0] = fires[100 - together : 200 - together, 1] = True
+    missing = 4 - fires.sum(1, keepdim=True)
+    fires[:, 2:] = torch.arange(4) < missing
+    assert fires.sum(1).unique().tolist() == [4]
+    found = partners(firing(lists_of(fires), 6), 5)
+    assert ((0, 1) in zip(found.row_N.tolist(), found.column_N.tolist())) == expected
+
+
 def test_the_strongest_of_each_row_come_first_and_ties_as_they_are():
     row = torch.tensor([1, 0, 1, 1, 0, 2])
     strength = torch.tensor([5.0, 1, 7, 5, 2, 0])

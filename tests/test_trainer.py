@@ -16,7 +16,10 @@ from experiment import (
     CustomTrainer,
     active_set_loss,
     checkpoint_due,
+    firing,
     frame_loss,
+    partners,
+    sharing,
     use_loss,
 )
 from lab.console import UserError
@@ -407,6 +410,39 @@ def test_before_a_grouping_the_last_tokens_are_listed_and_after_it_forgotten(sma
         kept.append(len(trainer.state["lists_RL"]) // 256)
     window = [*range(1, 8), 0]
     assert kept == [0] * 4 + window + window + [0] * 12 + window + [0] * 12 + window
+
+
+def test_a_grouping_shares_and_judges_by_the_listed_tokens_and_the_running_use(small_config):
+    """Against whole matrices: ω, what partners have of it, and κ with the first seven."""
+    config = dataclasses.replace(small_config, share_use=0.8, counted_tokens=1024, group_size=9)
+    z, domain = planted_activations(8192)
+    trainer, kept = new_trainer(config, z), {}
+    regroup_ = trainer.regroup_
+
+    def watched():
+        kept["lists"] = trainer.state["lists_RL"].long()
+        regroup_()
+
+    trainer.regroup_ = watched
+    for t in range(12):
+        trainer.step(*batch(z, domain, t))
+    counted = firing(kept["lists"].int(), 128)
+    found = partners(counted, 9)
+    share = 0.8 * sharing(found, counted.fired_F, trainer.running_use(), config.share_even)
+    torch.testing.assert_close(trainer.state["share_F"], share.float())
+    assert float(share.min()) < 0.7 < float(share.max())
+    fires = torch.zeros(1024, 129, dtype=torch.float64).scatter_(1, kept["lists"], 1.0)[:, 1:]
+    omega = (fires / fires.sum(1, keepdim=True).clamp(min=1)).T @ fires
+    omega.fill_diagonal_(0)
+    (line,) = (line for line in trainer.history if "held" in line)
+    assert line["held"] == pytest.approx(float(omega[found.row_N, found.column_N].sum()
+                                               / omega.sum()))
+    W, kappas = trainer.sae.W_dec.detach().double(), []
+    for i in range(128):
+        values = torch.linalg.svdvals(W[[i, *found.column_N[found.row_N == i].tolist()[:7]]])
+        kappas.append(float(values[0] / values[-1]))
+    assert line["kappa_max"] == pytest.approx(max(kappas), rel=1e-4)
+    assert line["kappa_median"] == pytest.approx(sorted(kappas)[63], rel=1e-4)
 
 
 def test_a_grouping_tells_how_stable_and_how_complete_its_partners_are(small_config):
