@@ -6,8 +6,8 @@ Each row is a table line: means ± standard errors, and below it paired differen
 intervals to the vanilla SAEs of the same seeds, as in final_info.json.
 
 1. Rows of the study on six fresh seeds, and what the labels give without an SAE.
-2. Changed training, on the runs' own seeds: the baselines at other strengths; each term alone; the
-   first proposal; random partners; labels without meaning; SAEs that were never trained.
+2. Changed training, on the runs' own seeds: the baselines at other strengths; nothing shared; the
+   use term alone; the first proposal; random partners; labels without meaning; no training.
 
 Everything is kept in the cache. What a run or an interrupted call has left there is read.
 Environment variables are those of experiment.py.
@@ -100,9 +100,9 @@ def random_partners() -> Iterator[None]:
     weights."""
     counted = experiment.partners
 
-    def drawn(seen: Firing, *arguments: Any, **options: Any) -> Partners:
-        found = counted(seen, *arguments, **options)
-        others = torch.randperm(len(seen.fired_F), generator=randomness("random partners", seen.n))
+    def drawn(of: Firing, *arguments: Any, **options: Any) -> Partners:
+        found = counted(of, *arguments, **options)
+        others = torch.randperm(len(of.fired_F), generator=randomness("random partners", of.n))
         return found._replace(column_N=others[found.column_N])
 
     experiment.partners = drawn

@@ -9,9 +9,9 @@ of their own, mutual cosine `World.common`), in the others directions are indepe
 serves one of two domains or both (general). A few general features of no group are dense: they fire
 on most tokens. A sharing group of one domain has its direction in common with one of the other
 domain: they never fire together, so this may stay, while the members of a group do and must be told
-apart. Every mode trains on the same stream of tokens with
-the SAE and the trainer of experiment.py, and is scored against the truth. Synthetic data flatter
-every method that assumes what was planted; what fails here has no reason to work elsewhere.
+apart. Every mode trains on the same stream of tokens with the SAE and the trainer of experiment.py,
+and is scored against the truth. Synthetic data flatter every method that assumes what was planted;
+what fails here has no reason to work elsewhere.
 
 Shapes as in experiment.py, and T true features.
 """
@@ -72,10 +72,15 @@ class World:
         return 2 * self.groups_specific + self.groups_general
 
     @property
+    def sharing_G(self) -> Tensor:
+        """Whether a group shares a direction: every second one does."""
+        return torch.arange(self.n_groups) % 2 == 0
+
+    @property
     def sharing_T(self) -> Tensor:
-        """Whether a true feature's group shares a direction: every second group does."""
-        sharing_G = torch.arange(self.n_groups) % 2 == 0
-        return nn.functional.pad(sharing_G.repeat_interleave(self.group_size), (0, self.dense))
+        """Whether a true feature's group shares a direction."""
+        return nn.functional.pad(self.sharing_G.repeat_interleave(self.group_size),
+                                 (0, self.dense))
 
     @property
     def dense_T(self) -> Tensor:
@@ -95,8 +100,7 @@ class World:
         )
         own_part, common_part = math.sqrt(1 - self.common), math.sqrt(self.common)
         mixed_GMD = own_part * own_GMD + common_part * common_GD[:, None]
-        sharing_G11 = (torch.arange(self.n_groups) % 2 == 0)[:, None, None]
-        grouped_TD = torch.where(sharing_G11, mixed_GMD, own_GMD).flatten(0, 1)
+        grouped_TD = torch.where(self.sharing_G[:, None, None], mixed_GMD, own_GMD).flatten(0, 1)
         dense_TD = torch.randn(self.dense, self.d_in, generator=g)
         return nn.functional.normalize(torch.cat([grouped_TD, dense_TD]), dim=1)
 

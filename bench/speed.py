@@ -269,7 +269,7 @@ def main() -> None:
     quiet_libraries()
     keep_freed_memory()
     print(f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"screen {faster_screen()}, L_dir's products in {faster_dtype(torch.device('cpu'))}; "
+          f"screen {faster_screen()}, fixed's products in {faster_dtype(torch.device('cpu'))}; "
           f"medians of {options.turns} turns (range)")
     for name, (measure, sizes, columns) in TABLES.items():
         if name in chosen:
