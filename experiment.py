@@ -47,7 +47,7 @@ try:
     from lab.storage import (Cache, code_digest, digest, non_finite, randomness, read_tensors,
                              write_tensors)
     from lab.substrates import Substrate, choose_source, quiet_libraries
-    from lab.substrates.texts import FORGET, RETAIN, SIZES
+    from lab.substrates.texts import FORGET, RETAIN, SIZES, sides
 
     import torch
     from torch import Tensor, nn
@@ -197,7 +197,8 @@ def resolve_config(run: str, budget: str, study: Path) -> CustomSAEConfig:
 
 
 class ActivationBuffer:
-    """Training activations of both domains with their labels, in memory, in half precision.
+    """Training activations with their domains, in memory, in half precision: forget text is domain
+    0, every kind of retain text one of the next.
 
     z = x/c with c the root mean square norm of all of them. `batch` is a function of seed and step
     alone, so that resuming needs no other state.
@@ -210,7 +211,9 @@ class ActivationBuffer:
         self.acts_ND, self.domain_N, square = gathered(shards, room)
         self.d_in = self.acts_ND.shape[1]
         self.scale = math.sqrt(square / len(self))  # c
-        self.of = [(self.domain_N == k).nonzero().squeeze(1) for k in (FORGET, RETAIN)]
+        self.n_domains = int(self.domain_N.max()) + 1
+        side_N = self.domain_N.clamp(max=RETAIN)
+        self.of = [(side_N == k).nonzero().squeeze(1) for k in (FORGET, RETAIN)]
         self.order = functools.lru_cache(maxsize=4)(self.shuffled)
 
     @classmethod
@@ -229,7 +232,8 @@ class ActivationBuffer:
     def batch(self, seed: int, step: int, size: int, forget_share: float,
               share: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Normalised activations z [B, D] float32 and their domains [B] of a step: the `share` of a
-        batch of `size` tokens, of which `forget_share` are forget text."""
+        batch of `size` tokens, of which `forget_share` are forget text. Kinds of retain text come
+        as often as there is text of them."""
         index = self.places(seed, step, size, forget_share)[share]
         return self.acts_ND[index].float() / self.scale, self.domain_N[index].long()
 
@@ -240,7 +244,8 @@ class ActivationBuffer:
         return index[torch.randperm(size, generator=randomness("mix", seed, step))]
 
     def stream(self, seed: int, domain: int, start: int, n: int) -> Tensor:
-        """Places of `n` tokens of a domain from the `start`-th on, every epoch in its own order."""
+        """Places of `n` tokens, of forget or of all retain text, from the `start`-th on, every
+        epoch in its own order."""
         size = len(self.of[domain])
         first, last = start // size, (start + n - 1) // size
         places = torch.cat([self.order(seed, domain, epoch) for epoch in range(first, last + 1)])
@@ -253,7 +258,7 @@ class ActivationBuffer:
 
     def sample(self, domain: int, size: int) -> Tensor:
         """Up to `size` raw activations of one domain, always the same ones."""
-        index = self.of[domain]
+        index = (self.domain_N == domain).nonzero().squeeze(1)
         chosen = torch.randperm(len(index), generator=randomness("sample", domain))[:size]
         return self.acts_ND[index[chosen]].float()
 
@@ -272,6 +277,7 @@ class StreamedBuffer(ActivationBuffer):
         self.streams = streams
         self.scale = math.sqrt(sum(one.square for one in streams) / len(self))
         self.d_in, self.layout = streams[0].d_in, tuple(one.layout for one in streams)
+        self.n_domains = max(int(one.shards.domain_N.max()) for one in streams) + 1
 
     def __len__(self) -> int:
         return sum(map(len, self.streams))
@@ -280,12 +286,13 @@ class StreamedBuffer(ActivationBuffer):
               share: slice = slice(None)) -> tuple[Tensor, Tensor]:
         n_forget = round(forget_share * size)
         parts = zip(self.streams, (n_forget, size - n_forget))
-        acts_BD = torch.cat([one.take(seed, step * n, n) for one, n in parts])
+        taken = [one.take(seed, step * n, n) for one, n in parts]
+        acts_BD, domain_B = (torch.cat(part) for part in zip(*taken))
         index = torch.randperm(size, generator=randomness("mix", seed, step))[share]
-        return acts_BD[index].float() / self.scale, (index >= n_forget).long()
+        return acts_BD[index].float() / self.scale, domain_B[index].long()
 
     def sample(self, domain: int, size: int) -> Tensor:
-        return self.streams[domain].sample(size)
+        return self.streams[min(domain, RETAIN)].sample(domain, size)
 
     def __exit__(self, *_: Any) -> None:
         for one in self.streams:
@@ -416,18 +423,18 @@ def sharing(found: Partners, fired_F: Tensor, use_KF: Tensor, share_even: float,
             prior: float = 100.0) -> Tensor:
     """What a feature shares in use, from 0 to 1 [F]: min(1, evenness/share_even).
 
-    Evenness is the least domain's part of a feature's use over the mean domain's, each domain's use
-    being one in all. Here it is (n_i e_i + m e_g)/(n_i + m), with n_i the tokens on which the
-    feature fired, m the `prior`, and e_g the evenness of its partners' mean parts, weighted by ω.
+    A feature has two sides: its use on forget text, and on the kind of retain text on which it has
+    most, each domain's use being one in all. Its evenness is the lesser side over their mean. Here
+    it is (n_i e_i + m e_g)/(n_i + m), with n_i the tokens on which the feature fired, m the
+    `prior`, and e_g the evenness of its partners' mean sides, weighted by ω.
     """
-    part_KF = use_KF / use_KF.sum(1, keepdim=True).clamp(min=1e-12)
-    total_F = part_KF.sum(0)  # of a feature that never fired nothing is known: it counts as even
-    part_KF = torch.where(total_F > 0, part_KF / total_F.clamp(min=1e-12), 1 / len(use_KF))
-    of_partners_KN = found.weight_N.to(part_KF.dtype) * part_KF[:, found.column_N]
-    group_KF = torch.zeros_like(part_KF).index_add(1, found.row_N, of_partners_KN)
-    group_KF = group_KF.where(group_KF.sum(0) > 0, part_KF)
-    own_F, group_F = (len(use_KF) * part.min(0).values / part.sum(0)
-                      for part in (part_KF, group_KF))
+    part_2F = sides(use_KF / use_KF.sum(1, keepdim=True).clamp(min=1e-12))
+    total_F = part_2F.sum(0)  # of a feature that never fired nothing is known: it counts as even
+    part_2F = torch.where(total_F > 0, part_2F / total_F.clamp(min=1e-12), 0.5)
+    of_partners_2N = found.weight_N.to(part_2F.dtype) * part_2F[:, found.column_N]
+    group_2F = torch.zeros_like(part_2F).index_add(1, found.row_N, of_partners_2N)
+    group_2F = group_2F.where(group_2F.sum(0) > 0, part_2F)
+    own_F, group_F = (2 * part.amin(0) / part.sum(0) for part in (part_2F, group_2F))
     evenness_F = (fired_F * own_F + prior * group_F) / (fired_F + prior)
     return (evenness_F / share_even).clamp(max=1)
 
@@ -463,22 +470,25 @@ def gram_encoder_loss(W_FD: Tensor) -> Tensor:
 
 
 def use_loss(mean_KF: Tensor, running_KF: Tensor, share_F: Tensor | None = None) -> Tensor:
-    """L_use = Σ_i (1 − s_i) u_i · K/(K−1)·(1 − Σ_k p_ki²), a mean Gini impurity.
+    """L_use = Σ_i (1 − s_i) u_i · 2·(1 − p_i² − (1 − p_i)²), a mean Gini impurity.
 
-    u_i is feature i's part of all activation, p_ki the part of its own that is on domain k. 0 when
-    no feature serves two domains, 1 when all serve all alike and none shares. Value and slope are
-    taken at the running means, which are steadier than a batch; the gradient flows through the
-    batch's means along that slope. u_i has none, so that neither growing nor
+    A feature has two sides: its mean activation on forget text, and on the kind of retain text on
+    which it has most. p_i is the first's part of the two, u_i the two's part of those of all
+    features. 0 when no feature serves both sides, 1 when all serve both alike and none shares.
+    Value and slope are taken at the running means, which are steadier than a batch; the gradient
+    flows through the batch's means along that slope. u_i has none, so that neither growing nor
     shrinking a feature as a whole is rewarded, whether it shares or not. (A cosine of the domains'
     use falls when what is shared swells, and features that fire on most tokens decide it.)
     """
-    K, keep_F = len(running_KF), 1.0 if share_F is None else 1 - share_F
-    total_F = running_KF.sum(0)
-    part_KF = running_KF / total_F.clamp(min=1e-12)
-    pure_F = part_KF.square().sum(0)
-    weight_F = keep_F / total_F.sum().clamp(min=1e-12) * K / (K - 1)
+    keep_F, most_1F = 1.0 if share_F is None else 1 - share_F, running_KF[RETAIN:].argmax(0)[None]
+    mean_2F, running_2F = (torch.cat([use_KF[:RETAIN], use_KF[RETAIN:].gather(0, most_1F)])
+                           for use_KF in (mean_KF, running_KF))
+    total_F = running_2F.sum(0)
+    part_2F = running_2F / total_F.clamp(min=1e-12)
+    pure_F = part_2F.square().sum(0)
+    weight_F = keep_F / total_F.sum().clamp(min=1e-12) * 2
     value = (weight_F * total_F * (1 - pure_F)).sum()
-    linear = (2 * weight_F * (pure_F - part_KF) * mean_KF).sum()
+    linear = (2 * weight_F * (pure_F - part_2F) * mean_2F).sum()
     return value + linear - linear.detach()
 
 
@@ -814,7 +824,7 @@ def new_trainer(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int,
     sae.half = device.type == "cuda" and faster_dtype(device) == torch.bfloat16
     for part in sae.to(device).state_dict().values():
         processes.same_(part)
-    return CustomTrainer(config, sae, seed, processes=processes)
+    return CustomTrainer(config, sae, seed, buffer.n_domains, processes)
 
 
 # --- Run ----------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ class LocalPythia:
         return model, load_tokenizer(self.folder)
 
     def corpus(self, _sizes: Sizes) -> dict[str, Any]:
-        return {"learn": {"forget": self.texts[::2], "retain": self.texts[1::2], "other": []}}
+        return {"learn": {"forget": self.texts[::2], "retain": self.texts[1::2]}}
 
 
 def load_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:

@@ -15,12 +15,13 @@ from torch import Tensor
 from lab.console import UserError, progress, report
 from lab.storage import code_digest, randomness, read_tensors
 from lab.substrates import Substrate
-from lab.substrates.texts import NAMED
+from lab.substrates.texts import NAMED, RETAIN
 
 BYTES = 2  # a number in half precision
 ROUNDS = 2  # of a domain that are in memory: one is used while the next is made
 AT_LEAST = 32  # shards that memory has room for; they are made smaller where it has not
 OF_FREE_DISK = 0.9  # so much of it may be filled with activations
+SEARCHED = 10  # times a sample's size, the tokens that are read for it at most
 
 
 class Stopped(Exception):
@@ -48,16 +49,16 @@ def residual_shard(substrate: Substrate, tokens_NT: Tensor, domain_N: Tensor,
 class Shards:
     """Residuals of learn text, cut into shards of as many contexts each.
 
-    They are of all learn contexts, or of those of one domain, in the order of `learn`. That order
-    is random, so each shard is a random sample of its contexts. A shard is a file of the cache; or,
-    with `kept` False, it is made anew to the same bits whenever it is asked for.
+    They are of all learn contexts, or of the forget or the retain ones, in the order of `learn`.
+    That order is random, so each shard is a random sample of its contexts. A shard is a file of the
+    cache; or, with `kept` False, it is made anew to the same bits whenever it is asked for.
     """
 
     def __init__(self, substrate: Substrate, shard_tokens: int, domain: int | None = None):
         tokens_NT, domain_N = substrate.learn
         self.substrate, self.domain, self.kept = substrate, domain, True
         self.check: Callable[[], None] = lambda: None  # may end what is being made
-        chosen = slice(None) if domain is None else domain_N == domain
+        chosen = slice(None) if domain is None else domain_N.clamp(max=RETAIN) == domain
         self.tokens_NT, self.domain_N = tokens_NT[chosen], domain_N[chosen]
         self.per_shard = max(1, shard_tokens // tokens_NT.shape[1])
         self.starts = range(0, len(self.tokens_NT), self.per_shard)
@@ -240,34 +241,38 @@ class Stream:
         self.tokens = [size["tokens"] for size in sizes]
         self.square = sum(size["square"] for size in sizes)
         self.dtype = shards.substrate.compact(torch.zeros(0)).dtype
-        self.held: dict[int, Tensor] = {}  # of the thread that makes rounds, and no other
+        # shards, of the thread that makes rounds and no other
+        self.held: dict[int, dict[str, Tensor]] = {}
         self.reader, shards.check = reader, reader.check
-        self.now: tuple[Any, Tensor] | None = None
+        self.now: tuple[Any, tuple[Tensor, Tensor]] | None = None
         self.ring = functools.lru_cache(maxsize=2)(self.laid_out)
         self.cut = functools.lru_cache(maxsize=2 * window)(self.shuffled)
 
     def __len__(self) -> int:
         return sum(self.tokens)
 
-    def take(self, seed: int, start: int, n: int) -> Tensor:
-        """Raw activations [n, D] from the `start`-th token on. All processes ask for the same."""
-        pieces = [torch.zeros(0, self.d_in, dtype=self.dtype)]
+    def take(self, seed: int, start: int, n: int) -> tuple[Tensor, Tensor]:
+        """Raw activations [n, D] and domains [n] from the `start`-th token on. All processes ask
+        for the same."""
+        pieces = [(torch.zeros(0, self.d_in, dtype=self.dtype), torch.zeros(0, dtype=torch.uint8))]
         while n:
             (epoch, place), starts = divmod(start, len(self)), self.ring(seed)[1]
             r = bisect.bisect_right(starts, place) - 1
-            block_SD = self.block(seed, epoch * len(self.shards) + r)
-            pieces.append(block_SD[place - starts[r] :][:n].clone())
-            start, n = start + len(pieces[-1]), n - len(pieces[-1])
-        return torch.cat(pieces)
+            block = self.block(seed, epoch * len(self.shards) + r)
+            pieces.append(tuple(part[place - starts[r] :][:n].clone() for part in block))
+            start, n = start + len(pieces[-1][1]), n - len(pieces[-1][1])
+        return tuple(map(torch.cat, zip(*pieces)))
 
-    def block(self, seed: int, number: int) -> Tensor:
-        """All tokens of a round, in their order; rounds are numbered on over epochs."""
+    def block(self, seed: int, number: int) -> tuple[Tensor, Tensor]:
+        """All tokens of a round, in their order, with domains; rounds are numbered on over
+        epochs."""
         if self.now is None or self.now[0] != (seed, number):
             self.now = None
-            block_SD = self.reader.result(self.round, seed, number)
+            block_SD, domain_S = self.reader.result(self.round, seed, number)
             self.reader.begin(self.round, seed, number + 1)
             self.processes.sum_(block_SD.view(torch.int32))  # bits, as all others have zeros
-            self.now = (seed, number), block_SD
+            self.processes.sum_(domain_S)
+            self.now = (seed, number), (block_SD, domain_S)
         return self.now[1]
 
     def laid_out(self, seed: int) -> tuple[list[int], list[int]]:
@@ -291,12 +296,14 @@ class Stream:
         order = randomness("parts", seed, self.shards.domain, epoch, i)
         return torch.randperm(self.tokens[i], generator=order)
 
-    def round(self, seed: int, number: int) -> Tensor:
-        """This process's tokens of a round at their places [S, D], zeros at those of the others."""
+    def round(self, seed: int, number: int) -> tuple[Tensor, Tensor]:
+        """This process's tokens of a round at their places [S, D] and their domains [S], zeros at
+        those of the others."""
         (epoch, r), (order, starts) = divmod(number, len(self.shards)), self.ring(seed)
         parts = self.parts(order, r)
         self.held = {i: self.held[i] for i, _, _ in parts if i in self.held}
         block_SD = torch.zeros(starts[r + 1] - starts[r], self.d_in, dtype=self.dtype)
+        domain_S = torch.zeros(len(block_SD), dtype=torch.uint8)
         place_S = torch.randperm(len(block_SD), generator=randomness(
             "round", seed, self.shards.domain, number))
         end = 0
@@ -304,19 +311,24 @@ class Stream:
             begin, end = end, end + last - first
             if i % self.processes.size == self.processes.rank:
                 if i not in self.held:
-                    self.held[i] = self.shards.read(i)["acts"]
+                    self.held[i] = self.shards.read(i)
                 chosen = self.cut(seed, epoch, i)[first:last]
-                block_SD.index_copy_(0, place_S[begin:end], self.held[i].index_select(0, chosen))
-        return block_SD
+                for whole, part in ((block_SD, "acts"), (domain_S, "domain")):
+                    whole.index_copy_(0, place_S[begin:end],
+                                      self.held[i][part].index_select(0, chosen))
+        return block_SD, domain_S
 
-    def sample(self, size: int) -> Tensor:
-        """Up to `size` raw activations of the first shards, always the same ones."""
-        parts: list[Tensor] = []
+    def sample(self, domain: int, size: int) -> Tensor:
+        """Up to `size` raw activations of a domain, always the same ones: of the first shards, of
+        a rare domain from at most SEARCHED times as many tokens."""
+        parts, read = [torch.zeros(0, self.d_in, dtype=self.dtype)], 0
         for i in range(len(self.shards)):
-            if sum(map(len, parts)) < size:
-                parts.append(self.reader.result(self.shards.read, i)["acts"])
+            if sum(map(len, parts)) < size and read < SEARCHED * size:
+                shard = self.reader.result(self.shards.read, i)
+                parts.append(shard["acts"][shard["domain"] == domain])
+                read += len(shard["acts"])
         x_ND = torch.cat(parts)
-        order = randomness("sample", self.shards.domain)
+        order = randomness("sample", domain)
         return x_ND[torch.randperm(len(x_ND), generator=order)[:size]].float()
 
     def let_go(self) -> None:

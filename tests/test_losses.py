@@ -158,14 +158,17 @@ def test_max_cosine_loss_looks_for_neighbours_within_a_chunk_only(generator):
     assert parts < whole  # the nearest of nine is farther than the nearest of thirty-nine
 
 
-def test_use_loss_and_gradient_are_those_of_the_plain_impurity(generator):
-    """At batch = running, value and gradient are those of Σ(1 − s) u · 4 p (1 − p) by autograd,
-    with u, a feature's part of all activation, held fixed."""
-    running = torch.rand(2, 9, dtype=torch.float64, generator=generator)
+@pytest.mark.parametrize("n_domains", [2, 3, 5])
+def test_use_loss_and_gradient_are_those_of_the_plain_impurity(generator, n_domains):
+    """At batch = running, value and gradient are those of Σ(1 − s) u · 4 p (1 − p) by autograd:
+    p is forget text's part against the largest of the others, u, which is held fixed, a feature's
+    part of what all have on those two."""
+    running = torch.rand(n_domains, 9, dtype=torch.float64, generator=generator)
     share = torch.linspace(0, 1, 9, dtype=torch.float64)
     plain = running.clone().requires_grad_()
-    p = plain[0] / plain.sum(0)
-    u = running.sum(0) / running.sum()
+    p = plain[0] / (plain[0] + plain[1:].max(0).values)
+    sides = running[0] + running[1:].max(0).values
+    u = sides / sides.sum()
     expected = ((1 - share) * u * 4 * p * (1 - p)).sum()
     batch = running.clone().requires_grad_()
     loss = use_loss(batch, running, share)
@@ -186,7 +189,8 @@ def test_use_loss_does_not_reward_shrinking_or_swelling(generator):
 
 def test_use_loss_by_hand():
     """Apart: 0. All alike: 1, in any number of domains. One feature of two, used half as much as
-    the other and by both domains alike: a third. Silent features count for nothing."""
+    the other and by both domains alike: a third. Silent features count for nothing. Two kinds of
+    retain text may share what they like."""
     apart = torch.block_diag(torch.rand(1, 4), torch.rand(1, 5))
     assert float(use_loss(apart, apart)) == 0
     for alike in (torch.ones(2, 6), torch.ones(3, 6), torch.tensor([[1.0, 0], [1, 0]])):
@@ -194,6 +198,8 @@ def test_use_loss_by_hand():
     mixed = torch.tensor([[1.0, 4, 0], [1, 0, 0]])
     assert float(use_loss(mixed, mixed)) == pytest.approx(1 / 3)
     assert float(use_loss(mixed, mixed, torch.tensor([0.5, 0, 0]))) == pytest.approx(1 / 6)
+    kinds = torch.tensor([[0.0, 2, 0], [3, 0, 1], [3, 0, 4]])
+    assert float(use_loss(kinds, kinds)) == 0
 
 
 def test_max_cosine_gradient_has_the_same_bytes_however_threads_run(generator):

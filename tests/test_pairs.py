@@ -186,6 +186,12 @@ def test_a_feature_shares_as_evenly_as_it_serves_the_domains():
     assert shares() == [1.0] * 4
 
 
+def test_a_feature_of_one_kind_of_retain_text_is_held_against_that_kind():
+    """Features 0 and 1 have forget text half and half with a kind of their own; 2 with none."""
+    use = torch.tensor([[1.0, 1, 2, 0], [1, 0, 0, 3], [0, 1, 0, 3]])  # 4 in all by domain
+    assert shares(use=use, prior=0.0) == [1.0, 1.0, 0.0, 0.0]
+
+
 def test_evenness_leans_on_the_partners_where_a_feature_fired_rarely():
     """(n e + m e_g)/(n + m): a dense even feature exempts no partner that was seen often."""
     use = torch.tensor([[9.0, 1, 5, 5], [9.0, 0, 5, 6]])

@@ -121,8 +121,8 @@ def test_no_text_or_near_copy_is_in_both_halves_of_whatever_kinds_the_two_are(co
 def test_a_lead_that_is_asked_about_takes_the_paragraph_that_copies_it_along(corpus):
     asked = [f"In short: {text.split(chr(10), 1)[1]}" for text in corpus["ask"]["retain"]
              if text.startswith("Title")]
-    paragraphs = {half: [text for text in corpus[half]["retain"] if text.startswith("In short")]
-                  for half in ("learn", "ask")}
+    paragraphs = {half: [text for text in corpus[half][domain] if text.startswith("In short")]
+                  for half, domain in (("learn", "paragraphs"), ("ask", "retain"))}
     assert paragraphs["learn"]
     assert paragraphs["ask"]
     assert all(text in asked for text in paragraphs["ask"])
@@ -131,7 +131,7 @@ def test_a_lead_that_is_asked_about_takes_the_paragraph_that_copies_it_along(cor
 
 def test_a_how_to_text_that_copies_news_is_never_trained_on(corpus):
     copied = {normalised(prose("news", i)) for i in range(9)}
-    learnt = " ".join(normalised(text) for text in corpus["learn"]["retain"])
+    learnt = " ".join(normalised(text) for text in corpus["learn"]["how-to texts"])
     assert not [text for text in copied if text in learnt]
 
 
@@ -141,10 +141,13 @@ def test_every_kind_goes_to_the_halves_in_its_part(corpus):
         learn, ask = counts["learn"][kind], counts["ask"][kind]
         assert learn + ask >= 20
         assert learn / (learn + ask) == pytest.approx(part, abs=0.25), kind
-    assert corpus["learn"]["news"] == corpus["learn"]["dictionary"] == []
-    for half in ("learn", "ask"):
-        for domain, kinds in DOMAINS.items():
+    assert list(corpus["learn"]) == ["forget", *DOMAINS["retain"]]
+    for half, domains in (("learn", {kind: (kind,) for kind in DOMAINS["retain"]}),
+                          ("ask", DOMAINS)):
+        for domain, kinds in domains.items():
             assert len(corpus[half][domain]) == sum(counts[half][kind] for kind in kinds)
+    learnt = sum(counts["learn"][kind] for kind in DOMAINS["forget"])
+    assert len(corpus["learn"]["forget"]) == learnt
 
 
 def test_questions_are_on_the_ask_half(corpus):

@@ -87,15 +87,16 @@ def test_every_epoch_of_a_domain_uses_each_of_its_tokens_once_in_an_order_of_its
     for domain in (FORGET, RETAIN):
         stream, orders = buffer.streams[domain], []
         for seed in (0, 1):
-            orders += [stream.take(seed, epoch * len(stream), len(stream)) for epoch in range(3)]
+            orders += [stream.take(seed, epoch * len(stream), len(stream))[0] for epoch in range(3)]
         for x in orders:
-            assert rows(x) == rows(held.acts_ND[held.domain_N == domain])
+            assert rows(x) == rows(held.acts_ND[held.domain_N.clamp(max=RETAIN) == domain])
         assert len({str(x.tolist()) for x in orders}) == len(orders)
 
 
 def test_a_streamed_batch_has_its_forget_share_and_true_labels(tiny):
     held, buffer = ActivationBuffer.read(tiny, SHARD), read(tiny)
-    known = [rows(held.acts_ND[held.domain_N == k]) for k in (FORGET, RETAIN)]
+    known = [rows(held.acts_ND[held.domain_N == k]) for k in range(buffer.n_domains)]
+    assert buffer.n_domains == held.n_domains == 3  # forget text and two kinds of retain text
     for z, domain in batches(buffer, range(20)):
         assert int((domain == FORGET).sum()) == 20
         assert 2 < int((domain[:25] == FORGET).sum()) < 18  # mixed, for processes that share it
@@ -126,9 +127,10 @@ def test_a_round_takes_from_every_shard_of_its_window_alike(tiny, monkeypatch):
     stream = read(tiny, 12).streams[RETAIN]
     n = len(stream.shards)
     monkeypatch.setattr(Shards, "read", lambda self, i: {
-        "acts": torch.full((stream.tokens[i], WIDTH), float(i)).half()})
+        "acts": torch.full((stream.tokens[i], WIDTH), float(i)).half(),
+        "domain": torch.full((stream.tokens[i],), RETAIN, dtype=torch.uint8)})
     for number in range(2 * n):
-        counts = collections.Counter(stream.block(0, number)[:, 0].int().tolist())
+        counts = collections.Counter(stream.block(0, number)[0][:, 0].int().tolist())
         assert len(counts) == stream.window == 4
         for i, count in counts.items():
             assert stream.tokens[i] // 4 <= count <= math.ceil(stream.tokens[i] / 4)
@@ -136,7 +138,7 @@ def test_a_round_takes_from_every_shard_of_its_window_alike(tiny, monkeypatch):
 
 def test_a_streamed_sample_is_raw_of_one_domain_and_always_the_same(tiny, monkeypatch):
     held, buffer = ActivationBuffer.read(tiny, SHARD), read(tiny)
-    for domain in (FORGET, RETAIN):
+    for domain in range(3):
         x = buffer.sample(domain, 100)
         assert len(x) == 100
         assert torch.equal(x, read(again(tiny)).sample(domain, 100))
@@ -150,7 +152,10 @@ def test_attention_sinks_are_left_out_of_a_stream(tiny, monkeypatch):
     held, buffer = ActivationBuffer.read(tiny, SHARD), read(tiny)
     assert len(buffer) == len(held) == tiny.learn.tokens_NT.numel() * 15 // 16
     for k, stream in enumerate(buffer.streams):
-        assert rows(stream.take(0, 0, len(stream))) == rows(held.acts_ND[held.domain_N == k])
+        x, domain = stream.take(0, 0, len(stream))
+        assert len(x) == int((held.domain_N.clamp(max=RETAIN) == k).sum())
+        for kind in domain.unique().tolist():
+            assert rows(x[domain == kind]) == rows(held.acts_ND[held.domain_N == kind])
 
 
 # -- Memory and disk -----------------------------------------------------------------------------

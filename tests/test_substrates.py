@@ -151,7 +151,7 @@ def test_a_corpus_is_laid_out_by_half_and_domain_and_its_documents_are_counted()
     halves = {half: {"a": of_kind("a", [f"{half} 1", f"{half} 2"]), "b": of_kind("b", [half]),
                      "c": []} for half in ("learn", "ask")}
     out = laid_out(halves, {"forget": ("a", "b"), "retain": ("c",)}, lambda one: one.text.title())
-    assert out["learn"] == {"forget": ["Learn 1", "Learn 2", "Learn"], "retain": []}
+    assert out["learn"] == {"forget": ["Learn 1", "Learn 2", "Learn"], "c": []}
     assert out["ask"] == {"forget": ["Ask 1", "Ask 2", "Ask"], "retain": []}
     assert out["documents"] == {half: {"a": 2, "b": 1, "c": 0} for half in ("learn", "ask")}
 
@@ -240,11 +240,11 @@ def tiny(tmp_path, processor):
 def test_training_text_is_half_forget_text_as_far_as_there_is_enough(tiny):
     tokens, domain = tiny.learn
     assert tokens.numel() == tiny.sizes.learn_tokens
-    assert float(domain.double().mean()) == 0.5
+    assert float((domain > 0).double().mean()) == 0.5
     tiny.sizes = dataclasses.replace(tiny.sizes, learn_tokens=100_000)
     del tiny.learn
     tokens, domain = tiny.learn  # all of both texts, which are of equal length
-    assert 0.45 < float(domain.double().mean()) < 0.55
+    assert 0.45 < float((domain > 0).double().mean()) < 0.55
     assert tokens.numel() < 100_000
 
 
@@ -256,9 +256,23 @@ def test_contexts_of_both_domains_are_mixed_the_same_way_each_time(tiny, tmp_pat
     assert again.checksum() == tiny.learn.checksum()
 
 
+def test_every_context_of_retain_text_is_of_one_kind_and_kinds_share_what_room_there_is(tiny):
+    tokens, domain = tiny.learn
+    words = [{tiny.lm.tokenizer.decode([token])[:1] for token in row} & set("brs")
+             for row in tokens.tolist()]
+    assert words == [{"brs"[k]} for k in domain.tolist()]
+    whole = [int((domain == k).sum()) for k in (1, 2)]
+    tiny.sizes = dataclasses.replace(tiny.sizes, learn_tokens=64 * 16)
+    del tiny.learn
+    few = [int((tiny.learn.domain_N == k).sum()) for k in (1, 2)]
+    assert sum(few) == 32 < sum(whole)
+    assert few[1] / 32 == pytest.approx(whole[1] / sum(whole), abs=0.15)
+
+
 def test_unnamed_texts_are_evaluated_on_and_never_trained_on(tiny):
     assert tiny.domains == ("forget", "retain", "other")
-    assert set(tiny.learn.domain_N.tolist()) == {0, 1}
+    assert tiny.learn_domains == ("forget", "retain", "retain too")
+    assert set(tiny.learn.domain_N.tolist()) == {0, 1, 2}
     assert set(tiny.ask.domain_N.tolist()) == {0, 1, 2}
 
 
@@ -266,20 +280,19 @@ def test_several_unnamed_texts_are_domains_of_their_own(tmp_path, processor, mon
     processor(bfloat16=False)
     monkeypatch.setattr(TinySource, "unnamed", ("other", "more"))
     substrate = tiny_substrate(tmp_path)
-    for half in ("learn", "ask"):
-        substrate.corpus[half]["more"] = [f"m{i} m{i + 1} " * 20 for i in range(9)]
+    substrate.corpus["ask"]["more"] = [f"m{i} m{i + 1} " * 20 for i in range(9)]
     assert substrate.domains == ("forget", "retain", "other", "more")
     assert substrate.ask.domain_N.unique().tolist() == [0, 1, 2, 3]
-    assert substrate.learn.domain_N.unique().tolist() == [0, 1]
-    assert substrate.texts()["tokens"]["learn"]["more"] == 0
+    assert substrate.learn.domain_N.unique().tolist() == [0, 1, 2]
     assert substrate.texts()["tokens"]["ask"]["more"] == 8 * 16
 
 
 def test_results_say_how_much_text_there_is_by_half_and_domain_and_where_it_is_from(tiny):
     texts = tiny.texts()
-    for half in ("learn", "ask"):
+    for half, names in (("learn", tiny.learn_domains), ("ask", tiny.domains)):
         contexts = getattr(tiny, half)
-        for k, name in enumerate(tiny.domains):
+        assert texts["tokens"][half].keys() == {*names}
+        for k, name in enumerate(names):
             tokens = contexts.tokens_NT[contexts.domain_N == k]
             assert texts["tokens"][half][name] == tokens.numel()
     assert texts["documents"] == tiny.corpus["documents"]

@@ -68,6 +68,12 @@ def test_features_are_chosen_by_their_firing_on_forget_and_retain_text():
     assert len(select_features(torch.zeros(2, 5), 0.01, 5)) == 0
 
 
+def test_a_feature_that_fires_on_one_kind_of_retain_text_is_not_chosen():
+    #                     forget           one kind         another
+    rate = torch.tensor([[0.5, 0.4, 0.3], [0.0, 0.02, 0.0], [0.02, 0.0, 0.009]])
+    assert select_features(rate, 0.01, 10).tolist() == [2]
+
+
 def test_use_of_features_by_hand():
     """Four forget tokens, two retain tokens; features are the parts of two coordinates."""
     forget = torch.tensor([[3.0, 0], [1.0, -2], [0, 0], [0, 0]])

@@ -19,7 +19,8 @@ from lab.evaluations.yardstick import (
     one_direction,
 )
 from lab.results.frontier import METRICS
-from lab.substrates.texts import FORGET, RETAIN
+from lab.storage import randomness
+from lab.substrates.texts import FORGET
 
 
 def cosine(one, other):
@@ -74,7 +75,7 @@ def test_a_logistic_regression_is_learned_from_as_many_tokens_of_both_texts(monk
 def test_a_direction_fires_on_each_rate_of_the_retain_tokens(generator):
     forget, retain = planted(generator, n=20_000)
     w = torch.randn(12, generator=generator)
-    sae = one_direction(w, retain)
+    sae = one_direction(w, [retain])
     rate_K = (sae.encode(retain) > 0).float().mean(0)
     assert rate_K.tolist() == pytest.approx(RATES, abs=2e-4)
     unit = w / w.norm()
@@ -86,9 +87,18 @@ def test_a_direction_fires_on_each_rate_of_the_retain_tokens(generator):
         torch.testing.assert_close(sae.W_dec[k], unit)
 
 
+def test_a_direction_fires_on_no_kind_of_retain_text_more_often_than_its_rate(generator):
+    _, retain = planted(generator, n=20_000)
+    other = retain + 3.0
+    w = torch.ones(12)
+    sae = one_direction(w, [retain, other, retain[:0]])
+    assert (sae.encode(other) > 0).float().mean(0).tolist() == pytest.approx(RATES, abs=2e-4)
+    assert bool(((sae.encode(retain) > 0).float().mean(0) < torch.tensor(RATES)).all())
+
+
 def test_a_clamped_direction_ends_below_its_threshold_by_so_many_mean_activations(generator):
     forget, retain = planted(generator)
-    sae = one_direction(mean_difference(forget, retain), retain)
+    sae = one_direction(mean_difference(forget, retain), [retain])
     k, size = len(RATES) - 1, 3.0
     fired = sae.encode(forget)[:, k] > 0
     changed = Clamp(torch.tensor([k]), torch.tensor([-2 * size])).of(
@@ -126,8 +136,7 @@ def knowing(tmp_path_factory):
 def samples(knowing):
     """Residuals of learn text."""
     learn = knowing.substrate.learn
-    x = [knowing.substrate.lm.residual(learn.tokens_NT[learn.domain_N == k])
-         for k in (FORGET, RETAIN)]
+    x = [knowing.substrate.lm.residual(learn.tokens_NT[learn.domain_N == k]) for k in range(3)]
     return [part.flatten(0, 1) for part in x]
 
 
@@ -154,8 +163,10 @@ def test_nothing_of_the_ask_half_enters_directions_thresholds_sizes_and_limits(
     blind = HeldOut(knowing.substrate)
     blind.__dict__["tensors"] = {name: knowing[name] for name in ("guard_x", "guard_keep")}
     evaluate_directions(blind, samples)
+    retain = torch.cat(samples[1:])
+    retain = retain[torch.randperm(len(retain), generator=randomness("yardstick"))]
     for (sae, sets), find in zip(seen, (mean_difference, logistic_regression)):
-        w = find(*samples)
+        w = find(samples[0], retain)
         torch.testing.assert_close(sae.W_dec[0], w / w.norm())
         for k, one in enumerate(sets):
             assert one.features.tolist() == [k]

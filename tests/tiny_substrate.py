@@ -75,6 +75,8 @@ class TinySource:
 
         halves = {half: {"forget": texts(40, "b"), "retain": texts(40, "r"), "other": texts(9, "o")}
                   for half in ("learn", "ask")}
+        del halves["learn"]["other"]
+        halves["learn"]["retain too"] = texts(12, "s")  # a second kind of retain text
         questions = {name: [question for question, domain in self.questions if domain == k]
                      for k, name in enumerate(("forget", "retain"))}
         counts = {half: {name: len(part) for name, part in parts.items()}

@@ -17,7 +17,6 @@ from lab.evaluations.yardstick import evaluate_directions
 from lab.sparse import ExportedSAE
 from lab.storage import checksum, code_digest, digest
 from lab.substrates import Substrate
-from lab.substrates.texts import FORGET, NAMED, RETAIN
 
 
 class Evaluated(NamedTuple):
@@ -38,9 +37,9 @@ def evaluate(saes: Mapping[int, ExportedSAE], substrate: Substrate,
              learn_sample: Callable[[int], Tensor], clock: Clock) -> Evaluated | None:
     """All evaluations of every seed's SAE, to the first of several processes.
 
-    `learn_sample(domain)` gives raw residuals [N, D] of learn text, from which features are
-    chosen. Each evaluation is kept in the cache as soon as it is done, under a key of the weights,
-    of what it is measured on and of its own code.
+    `learn_sample(domain)` gives raw residuals [N, D] of a domain of learn text, from which features
+    are chosen. Each evaluation is kept in the cache as soon as it is done, under a key of the
+    weights, of what it is measured on and of its own code.
     """
     heldout, processes = HeldOut(substrate), substrate.processes
     evaluations = evaluations_of(saes, heldout, learn_sample)
@@ -70,21 +69,27 @@ def evaluate(saes: Mapping[int, ExportedSAE], substrate: Substrate,
 
 def directions(heldout: HeldOut, learn_sample: Callable[[int], Tensor]) -> dict[str, Any]:
     """The supervised yardstick, computed once a substrate."""
-    substrate, samples = heldout.substrate, [learn_sample(domain) for domain in (FORGET, RETAIN)]
-    causes = (heldout.causes, checksum(dict(zip(NAMED, samples)), ""),
+    substrate, samples = heldout.substrate, samples_of(heldout.substrate, learn_sample)
+    causes = (heldout.causes, checksum(samples, ""),
               substrate.sizes.least_questions,
               code_digest(evaluate_directions, ExportedSAE, HeldOut, Substrate))
-    return substrate.cached("yardstick", lambda: ({}, evaluate_directions(heldout, samples)),
-                            *causes)[1]
+    return substrate.cached("yardstick", lambda: ({}, evaluate_directions(
+        heldout, list(samples.values()))), *causes)[1]
+
+
+def samples_of(substrate: Substrate, learn_sample: Callable[[int], Tensor]) -> dict[str, Tensor]:
+    """Raw residuals [N, D] of learn text by its domains."""
+    return {name: learn_sample(k) for k, name in enumerate(substrate.learn_domains)}
 
 
 def evaluations_of(saes: Mapping[int, ExportedSAE], heldout: HeldOut,
                    learn_sample: Callable[[int], Tensor]) -> dict[Callable, Evaluation]:
     """The evaluations in the order in which they are done."""
     substrate, sizes = heldout.substrate, heldout.substrate.sizes
-    samples = [learn_sample(domain) for domain in (FORGET, RETAIN)]
-    statistics = functools.cache(lambda seed: feature_statistics(saes[seed], samples))
-    chosen_on = checksum(dict(zip(NAMED, samples)), ""), code_digest(feature_statistics)
+    samples = samples_of(substrate, learn_sample)
+    statistics = functools.cache(lambda seed: feature_statistics(
+        saes[seed], list(samples.values())))
+    chosen_on = checksum(samples, ""), code_digest(feature_statistics)
     probed = functools.lru_cache(1)(
         lambda seed: [pooled_for(saes[seed], texts) for texts in probe_sets(substrate)])
     probed_on = (sizes, substrate.sink_norm, digest(substrate.corpus["probes"]),

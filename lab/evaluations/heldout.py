@@ -99,7 +99,7 @@ def read_text(substrate: Substrate) -> dict[str, Tensor]:
     """Residuals of all ask-half contexts; the frontier contexts, the first of each domain, and
     their losses."""
     lm, ask, learn, sizes = substrate.lm, substrate.ask, substrate.learn, substrate.sizes
-    guards = learn.tokens_NT[learn.domain_N == RETAIN][: sizes.guard_contexts]
+    guards = learn.tokens_NT[learn.domain_N >= RETAIN][: sizes.guard_contexts]
     x, guard_x = (torch.cat([lm.residual(part) for part in progress(tokens.split(32), what)])
                   for tokens, what in ((ask.tokens_NT, "held-out residuals"),
                                        (guards[:, : sizes.frontier_length], "guard residuals")))

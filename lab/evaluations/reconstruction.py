@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lab.evaluations.heldout import HeldOut
 from lab.language_model import losses
 from lab.sparse import ExportedSAE
-from lab.substrates.texts import FORGET, RETAIN
+from lab.substrates.texts import FORGET, RETAIN, sides
 
 DUPLICATE_COSINE = 0.9  # two features this close count as duplicates
 SERVES_ONE = 0.9  # part of a feature's use from which it counts as of that domain
@@ -20,7 +20,7 @@ def evaluate_reconstruction(sae: ExportedSAE, heldout: HeldOut, use_KF: Tensor) 
     ce_score = (CE_zero − CE_sae)/(CE_zero − CE_unmodified): 1 where splicing the SAE in changes
     nothing, 0 where it is as bad as zeros (SAEBench core). `by_domain` has the same of each text by
     itself, unnamed ones too: equal L0 on the named ones does not mean equal L0 there.
-    `use_KF`: mean activations of features by domain on learn text.
+    `use_KF`: mean activations of features by domain of learn text.
     """
     named = heldout.domain_R <= RETAIN
     tokens, x, keep = (heldout.of_frontier(name)[named] for name in ("tokens", "x", "keep"))
@@ -31,7 +31,7 @@ def evaluate_reconstruction(sae: ExportedSAE, heldout: HeldOut, use_KF: Tensor) 
     domains = heldout.substrate.domains
     totals = [reconstruction_sums(sae, heldout.residuals(k)) for k in range(len(domains))]
     both = {name: totals[FORGET][name] + totals[RETAIN][name] for name in totals[FORGET]}
-    return {**metrics_of(both), **decoder_metrics(sae, use_KF),
+    return {**metrics_of(both), **decoder_metrics(sae, sides(use_KF)),
             "by_domain": {name: metrics_of(part) for name, part in zip(domains, totals)},
             "ce_sae": ce, "ce_zero": zero, "ce_base": base,
             "ce_score": (zero - ce) / (zero - base) if zero != base else None}
@@ -88,7 +88,8 @@ def metrics_of(sums: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def decoder_metrics(sae: ExportedSAE, use_KF: Tensor) -> dict[str, Any]:
-    """How far apart features are, by counting and by measures that no experiment changes.
+    """How far apart features are, by counting and by measures that no experiment changes; of use on
+    forget and on retain text.
 
     max_decoder_cosine: mean over features of the largest cosine with another one. l_dir: frame
     potential of the decoder without its diagonal, D/F² Σ_{i≠j} (w_i·w_j)², with its floor 1 − D/F.

@@ -21,7 +21,7 @@ from lab.results.frontier import (
 )
 from lab.sparse import ExportedSAE
 from lab.storage import randomness
-from lab.substrates.texts import FORGET, NAMED, RETAIN
+from lab.substrates.texts import FORGET, NAMED, RETAIN, sides
 
 THRESHOLDS = (0.001, 0.01)  # largest firing frequency on retain text of what may be clamped
 SET_SIZES = (10, 20, 50, 100)  # features clamped
@@ -45,16 +45,16 @@ class FeatureStatistics(NamedTuple):
 
 
 def feature_statistics(sae: ExportedSAE, samples: Sequence[Tensor]) -> FeatureStatistics:
-    """From raw residuals [N, D] of forget and of retain text."""
+    """From raw residuals [N, D] of every domain of learn text, forget text first."""
     rates, uses = [], []
     for sample in samples:
         fired, total = torch.zeros(2, sae.d_sae)
-        for x in sample.split(4096):
+        for x in sample.split(4096) if len(sample) else ():
             code = sae.code(x)
             fired += torch.bincount(code.column_N, minlength=len(fired))
             total.index_add_(0, code.column_N, code.value_N)
-        rates.append(fired / len(sample))
-        uses.append(total / len(sample))
+        rates.append(fired / max(1, len(sample)))
+        uses.append(total / max(1, len(sample)))
     size_F = uses[FORGET] / rates[FORGET].clamp(min=1e-12)
     return FeatureStatistics(torch.stack(rates), torch.stack(uses), size_F,
                              tuple(map(len, samples)))
@@ -62,8 +62,9 @@ def feature_statistics(sae: ExportedSAE, samples: Sequence[Tensor]) -> FeatureSt
 
 def select_features(rate_KF: Tensor, threshold: float, n: int) -> Tensor:
     """The n features that fire most on forget text among those that fire on less than `threshold`
-    of retain tokens (Farrell et al. 2024, SAEBench)."""
-    rate_F = rate_KF[FORGET].where(rate_KF[RETAIN] < threshold, 0.0)
+    of the tokens of every kind of retain text (Farrell et al. 2024, SAEBench)."""
+    rate_F, retain_F = sides(rate_KF)
+    rate_F = rate_F.where(retain_F < threshold, 0.0)
     order = rate_F.argsort(descending=True, stable=True)[:n]
     return order[rate_F[order] > 0]
 
@@ -246,14 +247,13 @@ def evaluate_unlearning(sae: ExportedSAE, heldout: HeldOut, statistics: FeatureS
     chosen on one half of the contexts and judged on the other (`crossfitted`). A setting's cost is
     its largest rise over retain text and every unnamed text: telling the labelled texts apart by
     anything but their subject must not pay. In no context do rises count beyond that of a model
-    that knows nothing at the hook. Limit: cross-entropy may rise because output is disturbed rather
-    than because knowledge is gone. The questions are the check on that.
+    that knows nothing at the hook. Limit: rises may be of disturbed output, not of lost knowledge.
     """
     sets = feature_sets(sae, heldout, statistics)
     control = control_set(statistics, seed)
     return {**clamp_and_ask(sae, heldout, sets),
             "control": control_rises(sae, heldout, control),
-            "frequency_tokens": dict(zip(NAMED, statistics.tokens_K)),
+            "frequency_tokens": dict(zip(heldout.substrate.learn_domains, statistics.tokens_K)),
             "selected": {str(t): select_features(statistics.rate_KF, t, max(SET_SIZES)).tolist()
                          for t in THRESHOLDS}}
 

@@ -10,22 +10,26 @@ from torch import Tensor
 from lab.evaluations.heldout import HeldOut
 from lab.evaluations.unlearning import clamp_and_ask, feature_set
 from lab.sparse import ExportedSAE
+from lab.storage import randomness
 
-# Parts of retain tokens on which a direction fires: as many as an SAE has sets of features.
+# Parts of a kind's retain tokens on which a direction fires at most: as many as an SAE has sets.
 RATES = (0.0003, 0.001, 0.003, 0.01, 0.02, 0.03, 0.05, 0.1)
 PROBE_TOKENS = 20_000  # of each text, at most, from which the logistic regression is learned
 
 
 def evaluate_directions(heldout: HeldOut, samples: list[Tensor]) -> dict[str, dict[str, Any]]:
-    """Unlearning by one direction, found from raw residuals of forget and retain text [N, D].
+    """Unlearning by one direction, found from raw residuals [N, D] of forget text and of every kind
+    of retain text.
 
     The direction is clamped as a feature is, through the same settings, on the same texts. AxBench
     (arXiv 2501.17148) finds such directions ahead of SAEs at steering and detection.
     """
-    results = {}
+    retain_ND = torch.cat(samples[1:])
+    mixed_N = torch.randperm(len(retain_ND), generator=randomness("yardstick"))
+    results, pair = {}, (samples[0], retain_ND[mixed_N])
     for name, find in (("mean_difference", mean_difference),
                        ("logistic_regression", logistic_regression)):
-        sae = one_direction(find(*samples), samples[1])
+        sae = one_direction(find(*pair), samples[1:])
         sets = []
         for k, rate in enumerate(RATES):
             feature = torch.tensor([k])
@@ -50,11 +54,12 @@ def logistic_regression(forget_ND: Tensor, retain_ND: Tensor) -> Tensor:
     return torch.from_numpy(probe.coef_[0] / scaler.scale_).float()
 
 
-def one_direction(w_D: Tensor, retain_ND: Tensor) -> ExportedSAE:
-    """The direction as an SAE of one feature a rate, all alike but for their thresholds."""
+def one_direction(w_D: Tensor, retain: list[Tensor]) -> ExportedSAE:
+    """The direction as an SAE of one feature a rate, all alike but for their thresholds; `retain`
+    holds residuals [N, D] by kind."""
     w_D = torch.nn.functional.normalize(w_D, dim=0)
-    along_N = retain_ND @ w_D
-    threshold_F = torch.quantile(along_N, 1 - torch.tensor(RATES))
+    threshold_F = torch.stack([torch.quantile(x_ND @ w_D, 1 - torch.tensor(RATES))
+                               for x_ND in retain if len(x_ND)]).amax(0)
     n = len(RATES)
     return ExportedSAE(w_D[:, None].expand(-1, n).clone(), -threshold_F, w_D.expand(n, -1).clone(),
                        torch.zeros_like(w_D))

@@ -19,7 +19,7 @@ from lab.language_model import LanguageModel, faster_dtype
 from lab.storage import Cache, checksum, code_digest, digest, randomness
 from lab.substrates.pythia import HubRefusal, Pythia
 from lab.substrates.standin import Standin
-from lab.substrates.texts import NAMED, Sizes, pack_contexts
+from lab.substrates.texts import NAMED, RETAIN, Sizes, pack_contexts
 
 HASHED = (Standin.wheel,)  # files whose hashes are in the fingerprint, however they are fetched
 SINK_FACTOR = 10.0  # a token this many median norms long is an attention sink
@@ -60,7 +60,8 @@ def quiet_libraries() -> None:
 
 
 class Contexts(NamedTuple):
-    """Packed text of one half: tokens [N, T] and their domains [N]."""
+    """Packed text of one half: tokens [N, T] and their domains [N], the retain text's kinds apart
+    in learn text."""
 
     tokens_NT: Tensor
     domain_N: Tensor
@@ -114,40 +115,51 @@ class Substrate:
     @functools.cached_property
     def learn(self) -> Contexts:
         """What is trained on, in random order: at most `learn_tokens`, half of them forget text."""
-        left = self.sizes.learn_tokens // self.sizes.context_length
-        contexts = self.contexts("learn", NAMED, (left // 2, left))
+        left, kinds = self.sizes.learn_tokens // self.sizes.context_length, self.learn_domains
+        contexts = self.contexts("learn", (kinds[:RETAIN], kinds[RETAIN:]), (left // 2, left))
         for domain, name in enumerate(NAMED):
-            if not (contexts.domain_N == domain).any():
+            if not (contexts.domain_N.clamp(max=RETAIN) == domain).any():
                 raise UserError(f"{self.name} has no context of {self.sizes.context_length} tokens "
                                 f"of {name} text to train on; learn_tokens must allow for one")
         return contexts
+
+    @property
+    def learn_domains(self) -> tuple[str, ...]:
+        """Names of the domains of learn text: forget text and every kind of retain text."""
+        return tuple(self.corpus["learn"])
 
     @functools.cached_property
     def ask(self) -> Contexts:
         """What is evaluated on, unnamed texts included."""
         most = (self.sizes.heldout_contexts,) * len(self.domains)
-        return self.contexts("ask", self.domains, most)
+        return self.contexts("ask", tuple((name,) for name in self.domains), most)
 
-    def contexts(self, half: str, domains: tuple[str, ...], most: tuple[int, ...]) -> Contexts:
-        """Packed contexts of a half, at most `most[k]` of domain k; learn text shares the room."""
+    def contexts(self, half: str, groups: tuple[tuple[str, ...], ...],
+                 most: tuple[int, ...]) -> Contexts:
+        """Packed contexts of a half: of each group of domains a random sample of at most so many;
+        learn text shares the room."""
         sizes = self.sizes
 
         def build() -> tuple[dict[str, Tensor], Any]:
-            parts, taken = [], 0
-            for domain, name in enumerate(domains):
-                documents = self.tokenized(self.corpus[half][name])
-                rows = pack_contexts(documents, self.lm.separator, sizes.context_length)
-                order = torch.randperm(len(rows), generator=randomness("contexts", name))
-                order = order[: max(0, most[domain] - (taken if half == "learn" else 0))]
-                taken += len(order)
-                parts.append((rows[order], torch.full((len(order),), domain, dtype=torch.uint8)))
+            parts, taken, first = [], 0, 0
+            for group, room in zip(groups, most):
+                packed = [pack_contexts(self.tokenized(self.corpus[half][name]),
+                                        self.lm.separator, sizes.context_length) for name in group]
+                rows = torch.cat(packed)
+                domain_R = torch.repeat_interleave(
+                    torch.arange(first, first + len(group), dtype=torch.uint8),
+                    torch.tensor([len(part) for part in packed]))
+                order = torch.randperm(len(rows), generator=randomness("contexts", *group))
+                order = order[: max(0, room - (taken if half == "learn" else 0))]
+                taken, first = taken + len(order), first + len(group)
+                parts.append((rows[order], domain_R[order]))
             tokens_NT, domain_N = (torch.cat(part) for part in zip(*parts))
             if half == "learn":
                 mix = torch.randperm(len(tokens_NT), generator=randomness("mix", half))
                 tokens_NT, domain_N = tokens_NT[mix], domain_N[mix]
             return {"tokens": tokens_NT, "domain": domain_N}, None
 
-        causes = (domains, most, sizes.context_length, digest(self.corpus[half]),
+        causes = (groups, most, sizes.context_length, digest(self.corpus[half]),
                   code_digest(Substrate))
         kept = self.cached(f"contexts-{half}", build, *causes)[0]
         return Contexts(kept["tokens"], kept["domain"])
@@ -160,10 +172,10 @@ class Substrate:
 
     def texts(self) -> dict[str, Any]:
         """What of text enters results: where it comes from, and how much there is by domain."""
-        halves = {"learn": self.learn, "ask": self.ask}
+        halves = {"learn": (self.learn, self.learn_domains), "ask": (self.ask, self.domains)}
         tokens = {half: {name: int((contexts.domain_N == k).sum()) * self.sizes.context_length
-                         for k, name in enumerate(self.domains)}
-                  for half, contexts in halves.items()}
+                         for k, name in enumerate(names)}
+                  for half, (contexts, names) in halves.items()}
         sources = {**self.source.sources(), **self.corpus.get("sources", {})}
         return {"sources": sources, "documents": self.corpus["documents"],
                 "tokens": tokens}

@@ -57,6 +57,7 @@ class Standin:
     layer = 9
     d_in = 576
     requirements = Path(__file__).parents[1] / "requirements-standin.txt"
+    domains, learn_parts = DOMAINS, LEARN
     unnamed = tuple(DOMAINS)[2:]  # no label names them
 
     def __init__(self, cache: Cache):
@@ -158,14 +159,14 @@ class Standin:
 
     def corpus(self, sizes: Sizes) -> dict[str, Any]:
         """All text by half and domain, questions, probing sets, and how much there is of what."""
-        halves = halved(documents(self.read), LEARN)
+        halves = halved(documents(self.read), self.learn_parts)
         ask = halves["ask"]
         terms, leads = ([one.source for kind in kinds for one in ask[kind]]
                         for kinds in (("phenotypes",), ("leads", "biology leads")))
         words = {one.source: one.text for one in ask["dictionary"]}
         articles = [(one.source, one.text) for one in ask["news"]]
         return {
-            **laid_out(halves, DOMAINS, written),
+            **laid_out(halves, self.domains, written),
             "questions": {
                 "forget": shuffled([*cloze_questions({t["name"]: t["definition"] for t in terms}),
                                     *titles(ask["biology leads"]), *school_biology(self.read)],

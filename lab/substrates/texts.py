@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FORGET, RETAIN = 0, 1  # domains that labels name; what comes after is only evaluated on
+FORGET, RETAIN = 0, 1  # domains that labels name; what comes after is only evaluated on. Of learn
+# text the kinds of retain text are domains of their own, from RETAIN on
 NAMED = ("forget", "retain")
 Item = TypeVar("Item")
 
@@ -44,6 +45,12 @@ SIZES = {
                    frontier_contexts=4, guard_contexts=8, question_candidates=16, questions=5,
                    least_questions=2, probe_train=80, probe_test=40),
 }
+
+
+def sides(number_KF: Tensor) -> Tensor:
+    """Of features' numbers by learn domain those of forget text, and the largest of any kind of
+    retain text [2, F]."""
+    return torch.stack([number_KF[FORGET], number_KF[RETAIN:].amax(0)])
 
 
 class Document(NamedTuple):
@@ -161,10 +168,12 @@ def halved(documents: Sequence[Document], learn: dict[str, float]) -> dict[str, 
 def laid_out(halves: dict[str, Kinds], domains: dict[str, tuple[str, ...]],
              written: Callable[[Document], str]) -> dict[str, Any]:
     """Of a corpus the texts by half and domain, given the kinds of each domain, and `documents`:
-    how many there are by half and kind."""
+    how many there are by half and kind. Every kind of retain text is a learn domain."""
+    learnt = {"forget": domains["forget"], **{kind: (kind,) for kind in domains["retain"]}}
     return {
-        **{half: {domain: [written(one) for kind in kinds for one in parts[kind]]
-                  for domain, kinds in domains.items()} for half, parts in halves.items()},
+        **{half: {domain: [written(one) for kind in kinds for one in halves[half][kind]]
+                  for domain, kinds in of.items()}
+           for half, of in (("learn", learnt), ("ask", domains))},
         "documents": {half: {kind: len(items) for kind, items in parts.items()}
                       for half, parts in halves.items()},
     }
