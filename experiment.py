@@ -480,9 +480,8 @@ def use_loss(mean_KF: Tensor, running_KF: Tensor, share_F: Tensor | None = None)
     shrinking a feature as a whole is rewarded, whether it shares or not. (A cosine of the domains'
     use falls when what is shared swells, and features that fire on most tokens decide it.)
     """
-    keep_F, most_1F = 1.0 if share_F is None else 1 - share_F, running_KF[RETAIN:].argmax(0)[None]
-    mean_2F, running_2F = (torch.cat([use_KF[:RETAIN], use_KF[RETAIN:].gather(0, most_1F)])
-                           for use_KF in (mean_KF, running_KF))
+    keep_F = 1.0 if share_F is None else 1 - share_F
+    mean_2F, running_2F = sides(mean_KF, running_KF), sides(running_KF)
     total_F = running_2F.sum(0)
     part_2F = running_2F / total_F.clamp(min=1e-12)
     pure_F = part_2F.square().sum(0)

@@ -1,13 +1,17 @@
 """Controls on the real substrate: what the study's numbers are worth.
 
-    python bench/controls.py
+    python bench/controls.py                 # all tables
+    python bench/controls.py changed longer  # some of them
 
 Each row is a table line: means ± standard errors, and below it paired differences with 95 %
-intervals to the vanilla SAEs of the same seeds, as in final_info.json.
+intervals to the table's first row, of the same seeds, as in final_info.json.
 
-1. Rows of the study on six fresh seeds, and what the labels give without an SAE.
-2. Changed training, on the runs' own seeds: the baselines at other strengths; nothing shared; the
-   use term alone; the first proposal; random partners; labels without meaning; no training.
+fresh: rows of the study on six fresh seeds, and what the labels give without an SAE.
+changed: changed training, on the runs' own seeds: the baselines at other strengths; an extra L1 on
+the lesser domain; nothing shared; the use term alone; the first proposal; random partners; labels
+without meaning; no training.
+longer: five times the steps.
+left_out: each kind of retain text neither trained on nor labelled, but measured as unnamed text.
 
 Everything is kept in the cache. What a run or an interrupted call has left there is read.
 Environment variables are those of experiment.py.
@@ -19,7 +23,7 @@ import dataclasses
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +51,16 @@ from lab.results.final_info import Info, compare, flat_metrics, means_and_stderr
 from lab.results.frontier import METRICS
 from lab.results.notes import headline
 from lab.sparse import ExportedSAE
-from lab.storage import Cache, code_digest, randomness
+from lab.storage import Cache, code_digest, digest, randomness
 from lab.substrates import Substrate, choose_source, quiet_libraries
-from lab.substrates.texts import SIZES
+from lab.substrates.texts import RETAIN, SIZES, sides
 
 CODE.setdefault(__name__, Module(Path(__file__).read_text(encoding="utf-8")))  # where imported
 
 FIRST_SEED = 100  # of fresh ones
 FAINT = 1e-6  # an α that leaves directions alone
+LESSER = (0.05, 0.1, 0.2, 0.4)  # weights of an extra L1, beside a λ of about 0.08
+MAIN = {"vanilla": "run_8", "fixed": "run_7", "OrtSAE": "run_9", "adaptive": "run_2"}
 FRESH = {"run_8": "vanilla (run_8)", "run_4": "regroup 100 (run_4)", "run_9": "OrtSAE (run_9)",
          "run_7": "fixed (run_7)", "run_3": "α 0.01 (run_3)"}
 CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -65,6 +71,8 @@ CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
     "nothing shared (run_2)": ("run_2", {"share_use": 0.0}),
     "use term alone (run_4)": ("run_4", {
         "alpha": FAINT, "eta": CustomSAEConfig.alpha * CustomSAEConfig.eta / FAINT}),
+    **{f"extra L1, {weight}": ("run_2", {"alpha": FAINT, "eta": weight / FAINT})
+       for weight in LESSER},
     **{f"first proposal, α {alpha}": ("run_7", {"orthogonality": "gram_encoder", "alpha": alpha})
        for alpha in (0.01, 0.05, 0.25)},
 }
@@ -94,22 +102,29 @@ class Mislabelled(ActivationBuffer):
                 domains[moved[index // self.STRETCH]].long())
 
 
+def random_partners(of: Firing, *arguments: Any, counted: Callable = experiment.partners,
+                    **options: Any) -> Partners:
+    """Features drawn at random: as many as a grouping counts, with the same weights."""
+    found = counted(of, *arguments, **options)
+    others = torch.randperm(len(of.fired_F), generator=randomness("random partners", of.n))
+    return found._replace(column_N=others[found.column_N])
+
+
+def lesser_side(mean_KF: Tensor, running_KF: Tensor, _share_F: Tensor | None = None) -> Tensor:
+    """An L1 in place of L_use: of every feature's two sides, forget text and the kind of retain
+    text on which it has most, the lesser one's mean activation, summed."""
+    return sides(mean_KF, running_KF).gather(0, sides(running_KF).argmin(0)[None]).sum()
+
+
 @contextlib.contextmanager
-def random_partners() -> Iterator[None]:
-    """Meanwhile every grouping gives features drawn at random: as many as it counted, with the same
-    weights."""
-    counted = experiment.partners
-
-    def drawn(of: Firing, *arguments: Any, **options: Any) -> Partners:
-        found = counted(of, *arguments, **options)
-        others = torch.randperm(len(of.fired_F), generator=randomness("random partners", of.n))
-        return found._replace(column_N=others[found.column_N])
-
-    experiment.partners = drawn
+def in_place_of(name: str, other: Any) -> Iterator[None]:
+    """Meanwhile experiment.py's function `name` is another one."""
+    before = getattr(experiment, name)
+    setattr(experiment, name, other)
     try:
         yield
     finally:
-        experiment.partners = counted
+        setattr(experiment, name, before)
 
 
 def row(run: str, **changes: Any) -> CustomSAEConfig:
@@ -118,14 +133,21 @@ def row(run: str, **changes: Any) -> CustomSAEConfig:
     return dataclasses.replace(resolve_config(run, budget, Path()), **changes)
 
 
-def open_substrate() -> Substrate:
-    """The substrate that a run with these environment variables has."""
+def open_substrate(unnamed: str = "") -> Substrate:
+    """The substrate that a run with these environment variables has; a kind of retain text may be
+    an unnamed text, of which nothing is learnt."""
     quiet_libraries()
     keep_freed_memory()
     row("run_8")  # refuses an unknown budget
     cache = Cache(Path(os.environ.get("SAE_CACHE_DIR") or ".cache"))
     source = choose_source(os.environ.get("SAE_SUBSTRATE") or "auto", cache)
     source.fetch()
+    if unnamed:
+        kinds = tuple(kind for kind in source.domains["retain"] if kind != unnamed)
+        source.domains = {**source.domains, "retain": kinds, unnamed: (unnamed,)}
+        source.learn_parts = {**source.learn_parts, unnamed: 0.0}
+        source.unnamed = (*source.unnamed, unnamed)
+        source.fingerprint = digest(source.fingerprint, unnamed)
     return Substrate(source, SIZES[os.environ.get("SAE_BUDGET") or "full"], cache, Processes())
 
 
@@ -192,7 +214,7 @@ def table(rows: Iterable[tuple[str, Evaluated]]) -> None:
         line(f"{name} ({len(evaluated.by_seed)})", (
             headline(numbers, key, "", 3).strip() for key in COLUMNS))
         if first:
-            gaps("minus vanilla", compare(info, first))
+            gaps("minus the first", compare(info, first))
         first = first or info
 
 
@@ -209,19 +231,44 @@ def without_sae(evaluated: Evaluated) -> None:
             if key in METRICS and direction[key] is not None else "-" for key in COLUMNS))
 
 
-def main() -> None:
+def main(names: Sequence[str] = ()) -> None:
+    if unknown := set(names) - TABLES.keys():
+        raise UserError(f"{', '.join(unknown)}: no such table; use {', '.join(TABLES)}")
     bench = Bench(open_substrate())
-    line("row (seeds)", COLUMNS.values())
-    line("---", itertools.repeat("---", len(COLUMNS)))
+    for name in names or TABLES:
+        line("row (seeds)", COLUMNS.values())
+        line("---", itertools.repeat("---", len(COLUMNS)))
+        TABLES[name](bench)
+
+
+def fresh(bench: Bench) -> None:
     table((name, bench.fresh(run)) for run, name in FRESH.items())
     without_sae(bench.fresh("run_8"))
-    table(changed(bench))
 
 
-def changed(bench: Bench) -> Iterable[tuple[str, Evaluated]]:
+def longer(bench: Bench) -> None:
+    table((f"{name}, five times the steps", bench.evaluated(bench.saes(row(
+        run, steps=5 * row(run).steps)))) for name, run in MAIN.items() if name != "OrtSAE")
+
+
+def left_out(bench: Bench) -> None:
+    for kind in bench.substrate.learn_domains[RETAIN:]:
+        other = Bench(open_substrate(kind))
+        table((f"{name}, {kind} unnamed", other.evaluated(other.saes(row(run))))
+              for name, run in MAIN.items())
+
+
+def changed(bench: Bench) -> None:
+    table(changed_rows(bench))
+
+
+def changed_rows(bench: Bench) -> Iterable[tuple[str, Evaluated]]:
     for name, (run, changes) in CHANGED.items():
-        yield name, bench.evaluated(bench.saes(row(run, **changes)))
-    with random_partners():
+        own = ("extra L1",) if "extra L1" in name else ()
+        with in_place_of("use_loss", lesser_side) if own else contextlib.nullcontext():
+            saes = bench.saes(row(run, **changes), *own)
+        yield name, bench.evaluated(saes)
+    with in_place_of("partners", random_partners):
         saes = bench.saes(row("run_2"), "random partners")
     yield "random partners (run_2)", bench.evaluated(saes)
     mislabelled = bench.mislabelled()
@@ -229,8 +276,10 @@ def changed(bench: Bench) -> Iterable[tuple[str, Evaluated]]:
     yield "not trained", bench.evaluated(bench.untrained(row("run_8")))
 
 
+TABLES = {one.__name__: one for one in (fresh, changed, longer, left_out)}
+
 if __name__ == "__main__":
     try:
-        main()
+        main(sys.argv[1:])
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -9,9 +9,11 @@ from tiny_substrate import QUESTIONS, tiny_substrate
 
 import experiment
 from lab import storage
+from lab.console import UserError
 from lab.evaluations import unlearning
 from lab.evaluations.heldout import HeldOut
 from lab.results.final_info import read_result
+from lab.substrates.standin import Standin
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
@@ -30,7 +32,7 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setattr(unlearning, "THRESHOLDS", (0.1, 0.9))
     monkeypatch.setattr(controls, "FRESH", {run: controls.FRESH[run] for run in ("run_8", "run_4")})
     monkeypatch.setattr(controls, "CHANGED", {name: controls.CHANGED[name] for name in (
-        "vanilla (run_8)", "use term alone (run_4)", "first proposal, α 0.05")})
+        "vanilla (run_8)", "use term alone (run_4)", "extra L1, 0.2", "first proposal, α 0.05")})
     return controls.Bench(tiny_substrate(tmp_path, questions=3 * QUESTIONS, frontier_contexts=2))
 
 
@@ -119,7 +121,7 @@ def test_random_partners_are_as_many_of_the_same_weights_and_others(generator):
         token[:6] = 1 + 20 * block + torch.randperm(20, generator=generator)[:6].int()
     seen = experiment.firing(lists, 40)
     counted = experiment.partners(seen, 8)
-    with controls.random_partners():
+    with controls.in_place_of("partners", controls.random_partners):
         drawn = experiment.partners(seen, 8)
     again = experiment.partners(seen, 8)
     assert torch.equal(again.column_N, counted.column_N)
@@ -140,14 +142,42 @@ def test_saes_trained_on_other_labels_are_others_and_kept_apart(bench):
     assert torch.equal(untrained.W_enc, untrained.W_dec.T)
 
 
+def test_an_extra_l1_is_on_the_lesser_side_of_every_feature():
+    running = torch.tensor([[3.0, 1, 2], [1, 1, 1], [2, 4, 0]])
+    mean = torch.arange(9.0).view(3, 3).requires_grad_()
+    loss = controls.lesser_side(mean, running)
+    assert float(loss) == mean[2, 0] + mean[0, 1] + mean[1, 2]
+    loss.backward()
+    assert mean.grad.tolist() == [[0, 1, 0], [0, 0, 1], [1, 0, 0]]
+
+
+def test_a_kind_that_is_left_out_is_an_unnamed_text_of_which_nothing_is_learnt(
+        tmp_path, monkeypatch):
+    monkeypatch.setenv("SAE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("SAE_SUBSTRATE", "standin")
+    monkeypatch.setattr(Standin, "fetch", lambda self: None)
+    whole, less = controls.open_substrate(), controls.open_substrate("paragraphs")
+    assert less.domains == (*whole.domains, "paragraphs")
+    assert less.source.domains["retain"] == ("leads", "how-to texts")
+    assert less.source.learn_parts["paragraphs"] == 0 < whole.source.learn_parts["paragraphs"]
+    assert less.causes != whole.causes
+
+
+def test_an_unknown_table_is_one_line():
+    with pytest.raises(UserError, match="^faster: no such table; use fresh, changed, longer"):
+        controls.main(["faster"])
+
+
 def test_an_interrupted_command_goes_on_where_it_was(bench, monkeypatch, capsys):
-    monkeypatch.setattr(controls, "open_substrate", lambda: bench.substrate)
+    monkeypatch.setattr(controls, "open_substrate", lambda *_: bench.substrate)
     controls.main()
     first = capsys.readouterr().out
     for name in controls.FRESH.values():
         assert f"| {name} (2) |" in first
     for name in (*controls.CHANGED, "labels without meaning (run_4)", "not trained"):
         assert f"| {name} (1) |" in first
+    for name in controls.MAIN:
+        assert f"| {name}, retain too unnamed (1) |" in first
     for find in ("mean difference", "logistic regression"):
         assert f"| no SAE, {find} |" in first
     for module in (storage, experiment):

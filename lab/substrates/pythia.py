@@ -105,6 +105,7 @@ class Pythia:
     dataset_path = "Salesforce/wikitext"
     layer = 3
     d_in = 512
+    domains, learn_parts = DOMAINS, LEARN
     unnamed = tuple(DOMAINS)[2:]  # no label names them
     revisions = {
         "EleutherAI/pythia-70m-deduped": "e93a9faa9c77e5d09219f6c868bfc7a1bd65593c",
@@ -229,9 +230,9 @@ class Pythia:
         known = {(NEWS, None, "test"): news}  # so that it is not read again
         probes, skipped = read_probe_sets(
             lambda *place: known.get(place) or self.rows(*place), sizes)
-        halves = halved(documents, LEARN)
+        halves = halved(documents, self.learn_parts)
         return {
-            **laid_out(halves, DOMAINS, lambda one: one.text),
+            **laid_out(halves, self.domains, lambda one: one.text),
             "questions": {"forget": cloze(halves["ask"]["WMDP-bio"]),
                           "retain": cloze(halves["ask"]["MMLU retain subjects"])},
             "probes": probes, "skipped": skipped,
