@@ -48,8 +48,8 @@ SIZES = {
 
 
 def sides(number_KF: Tensor, by_KF: Tensor | None = None) -> Tensor:
-    """A feature's two sides [2, F], of numbers by learn domain: that of forget text, and that of the
-    kind of retain text which has the largest of `by_KF`, the numbers themselves unless told."""
+    """A feature's two sides [2, F] of numbers by learn domain: forget text's, and that of the kind
+    of retain text which has the largest of `by_KF`, the numbers themselves unless told."""
     by_KF = number_KF if by_KF is None else by_KF
     most_1F = by_KF[RETAIN:].argmax(0)[None]
     return torch.cat([number_KF[:RETAIN], number_KF[RETAIN:].gather(0, most_1F)])
