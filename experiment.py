@@ -41,7 +41,7 @@ try:
     from lab.results.notes import summary
     from lab.results.tracking import Tracker
     from lab.sparse import (Code, DenseAutoencode, DenseCode, ExportedSAE, HeldGradient,
-                            SparseAutoencode, faster_screen)
+                            Limit, SparseAutoencode, above, faster_screen, no_limit)
     from lab.settings import Settings
     from lab.shards import Shards, Stream, gathered, open_streams
     from lab.storage import (Cache, code_digest, digest, non_finite, randomness, read_tensors,
@@ -83,6 +83,7 @@ BUDGETS: dict[str, dict[str, Any]] = {  # overrule the row, so runs 2, 4, 5 are 
     "paper": dict(expansion=64, steps=25_000, batch_size=4096, warmup_steps=1000, n_seeds=3,
                   resample_every=250, checkpoint_every=1000, log_every=100, buffer_gigabytes=8.0),
 }
+ACTIVATIONS = ("relu", "batch_topk")
 MODES = ("off", "fixed", "adaptive", "max_cosine", "gram_encoder")
 
 
@@ -92,6 +93,8 @@ class CustomSAEConfig(Settings):
 
     purpose: str = ""
     """What the run is there to find out."""
+    activation: str = "relu"
+    """ReLU with an L1 penalty, or BatchTopK (arXiv 2412.06410), one of ACTIVATIONS."""
     orthogonality: str = "adaptive"
     """What keeps features apart, one of MODES: nothing; L_dir of all pairs alike; L_dir of features
     that fire together, and L_use; OrtSAE's penalty; a penalty on the encoder's Gram matrix."""
@@ -153,6 +156,7 @@ class CustomSAEConfig(Settings):
     def __post_init__(self) -> None:
         """Raise UserError where a value makes no sense, whatever it is trained on."""
         self.require_numbers()
+        self.require("activation", self.activation in ACTIVATIONS, f"use {', '.join(ACTIVATIONS)}")
         self.require("orthogonality", self.orthogonality in MODES, f"use {', '.join(MODES)}")
         for name in ("steps", "batch_size", "expansion", "group_size", "n_seeds", "log_every",
                      "counted_tokens", "direction_tokens", "direction_every", "regroup_every",
@@ -345,21 +349,22 @@ class CustomSAE(nn.Module):
     def forward(self, z_BD: Tensor) -> Tensor:
         return self.decode(self.encode(z_BD))
 
-    def sparse_code(self, z_BD: Tensor) -> Code:
-        return Code(*SparseAutoencode.apply(z_BD, *self.parameters(), self.screen))
+    def sparse_code(self, z_BD: Tensor, floor: float = 0.0, limit: Limit = no_limit) -> Code:
+        """Of the activations only those above the `limit`, which is likely above `floor`."""
+        return Code(*SparseAutoencode.apply(z_BD, *self.parameters(), self.screen, floor, limit))
 
-    def dense_code(self, z_BD: Tensor) -> Code:
+    def dense_code(self, z_BD: Tensor, limit: Limit = no_limit) -> Code:
         """The same by plain dense products: faster where many features fire."""
-        f_BF = self.encode(z_BD)
+        f_BF = above(self.encode(z_BD), limit)
         row_N, column_N = f_BF.nonzero(as_tuple=True)
         return Code(self.decode(f_BF), f_BF[row_N, column_N], row_N, column_N)
 
-    def gpu_code(self, z_BD: Tensor) -> Code | DenseCode:
+    def gpu_code(self, z_BD: Tensor, limit: Limit = no_limit) -> Code | DenseCode:
         """The same without a look at how many features fire, for which the program would wait. In
         bfloat16 where the GPU has it; weights stay float32."""
         dtype = torch.bfloat16 if self.half else torch.float32
-        if not self.room:
-            return DenseCode(*DenseAutoencode.apply(z_BD, *self.parameters(), dtype))
+        if not self.room or limit is not no_limit:
+            return DenseCode(*DenseAutoencode.apply(z_BD, *self.parameters(), dtype, limit))
         from lab.kernels import ListedAutoencode, PaddedCode  # Triton is there with CUDA only
         return PaddedCode(*ListedAutoencode.apply(z_BD, *self.parameters(), dtype, self.room))
 
@@ -374,12 +379,12 @@ class CustomSAE(nn.Module):
         self.W_dec.grad.addcmul_(self.W_dec, along_F[:, None], value=-1)
 
     @torch.no_grad()
-    def exported(self, scale: float) -> ExportedSAE:
+    def exported(self, scale: float, threshold: float = 0.0) -> ExportedSAE:
         """The same SAE for raw activations x = scale · z; features come out · scale."""
         W_enc_FD, b_enc, W_dec, b_dec = (
             part.detach().cpu().clone() for part in (self.W_enc_FD, self.b_enc, self.W_dec,
                                                      self.b_dec))
-        return ExportedSAE(W_enc_FD.T, b_enc * scale, W_dec, b_dec * scale)
+        return ExportedSAE(W_enc_FD.T, b_enc * scale, W_dec, b_dec * scale, threshold * scale)
 
 
 # --- Grouping: which features fire together, and what they share --------------------------------
@@ -544,6 +549,8 @@ class CustomTrainer:
             "lists_RL": torch.zeros(0, self.list_length, dtype=torch.int32),
             "log_sparsity": torch.tensor(math.log(config.sparsity_penalty), dtype=torch.float64),
             "l0": torch.tensor(2.0 * config.target_l0, dtype=torch.float64),  # running
+            "limit": torch.zeros(()),  # BatchTopK's, of this batch
+            "threshold": torch.zeros(()),  # its running mean, as `use_KF` is one
             "l_dir": torch.zeros(()),
             "pull_FD": torch.zeros(0),  # gradient of L_dir when it was last computed
         }
@@ -562,7 +569,7 @@ class CustomTrainer:
     def step(self, z_BD: Tensor, domain_B: Tensor) -> Readings:
         """One step on normalised activations [B, D] and their domain labels, both this process's
         share of the batch; returns the objective and its terms over the whole batch."""
-        alpha, ramp, sparsity = self.alpha, self.ramp(), self.state["log_sparsity"].exp()
+        alpha, ramp, sparsity = self.alpha, self.ramp(), self.sparsity()
         code = self.code(z_BD)
         seen = self.seen(code, domain_B)
         terms = self.terms(z_BD, code, seen)
@@ -584,9 +591,31 @@ class CustomTrainer:
         return self.numbers
 
     def code(self, z_BD: Tensor) -> Code | DenseCode:
+        limit = no_limit if self.row.activation == "relu" else self.limit
         if self.device.type == "cuda":
-            return self.sae.gpu_code(z_BD)
-        return self.sae.sparse_code(z_BD) if self.is_sparse() else self.sae.dense_code(z_BD)
+            return self.sae.gpu_code(z_BD, limit)
+        if self.is_sparse():
+            return self.sae.sparse_code(z_BD, 0.5 * self.threshold(), limit)
+        return self.sae.dense_code(z_BD, limit)
+
+    def limit(self, value_N: Tensor) -> Tensor:
+        """BatchTopK's: of the whole batch's activations the largest that does not stay."""
+        room = 1 + round(self.row.target_l0 * self.row.batch_size)
+        mine_N = value_N.flatten().topk(min(room, value_N.numel())).values.float()
+        mine_N = nn.functional.pad(mine_N, (0, room - len(mine_N)))
+        self.state["limit"] = self.processes.gathered(mine_N).topk(room).values[-1].clamp(min=0)
+        return self.state["limit"]
+
+    def threshold(self) -> float:
+        """Above which an activation stays where there is no batch."""
+        return float(self.state["threshold"] / self.state["use_weight"].clamp(min=1e-12))
+
+    def sparsity(self) -> Tensor:
+        """λ. BatchTopK needs no L1 penalty."""
+        return self.state["log_sparsity"].exp() * (self.row.activation == "relu")
+
+    def exported(self, scale: float) -> ExportedSAE:
+        return self.sae.exported(scale, self.threshold())
 
     def is_sparse(self) -> bool:
         return bool(self.state["l0"] < 0.1 * self.sae.d_sae)
@@ -696,6 +725,7 @@ class CustomTrainer:
         """Running mean activations by domain."""
         use_KF = self.processes.sum_(seen.use_KF.detach().clone())
         self.state["use_KF"].lerp_(use_KF, 1 - self.USE_MEMORY)
+        self.state["threshold"].lerp_(self.state["limit"], 1 - self.USE_MEMORY)
         self.state["use_weight"].mul_(self.USE_MEMORY).add_(1 - self.USE_MEMORY)
 
     @torch.no_grad()
@@ -904,7 +934,7 @@ def run_experiment(out_dir: Path, interrupts: Interrupts, processes: Processes) 
         tracker = Tracker(folder.run, {**dataclasses.asdict(config), **facts},
                           f"{source.name}-{budget}", cache)
         trainers = train_all(config, substrate, buffer, interrupts, tracker, clock)
-        saes = {seed: trainer.sae.exported(buffer.scale) for seed, trainer in trainers.items()}
+        saes = {seed: trainer.exported(buffer.scale) for seed, trainer in trainers.items()}
         resolved = {**trainers[config.first_seed].config, **facts}
         resolved.pop("seed")
         if not processes.rank:

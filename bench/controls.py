@@ -176,11 +176,11 @@ class Bench:
         name = f"{substrate.name}/trained/{training_key(config, substrate, self.buffer)}"
         return {seed: train_sae(config, self.buffer, seed, substrate.cache.path(name, seed, *own),
                                 Interrupts(), None, substrate.processes
-                                ).sae.exported(self.buffer.scale) for seed in config.seeds}
+                                ).exported(self.buffer.scale) for seed in config.seeds}
 
     def untrained(self, config: CustomSAEConfig) -> dict[int, ExportedSAE]:
         return {seed: new_trainer(config, self.buffer, seed, self.substrate.processes
-                                  ).sae.exported(self.buffer.scale) for seed in config.seeds}
+                                  ).exported(self.buffer.scale) for seed in config.seeds}
 
     def evaluated(self, saes: dict[int, ExportedSAE]) -> Evaluated:
         return evaluate(saes, self.substrate, self.sample, Clock())

@@ -148,7 +148,7 @@ def train(config: CustomSAEConfig, buffer: ActivationBuffer, seed: int) -> Expor
     trainer = new_trainer(config, buffer, seed, Processes())
     for step in range(config.steps):
         trainer.step(*buffer.batch(seed, step, config.batch_size, config.forget_share))
-    return trainer.sae.exported(buffer.scale)
+    return trainer.exported(buffer.scale)
 
 
 class Rows(NamedTuple):

@@ -3,7 +3,7 @@
     bash bench/peers.sh
     python bench/loads_elsewhere.py [run_8/seed_0 ...]
 
-1. An SAE at real size with random weights and biases, and any exported seed folder given, are
+1. SAEs at real size with random weights and biases, and any exported seed folder given, are
    loaded by SAELens and dictionary_learning. Features and reconstruction of raw activations must
    be ours to 1e-5 of the activations' scale sqrt(mean ‖x‖²).
 2. Their metrics on the same activations, against ours. A difference must be one that a formula of
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from exchange import ask_peer
 
-from experiment import CustomSAE, CustomSAEConfig
+from experiment import ACTIVATIONS, CustomSAE, CustomSAEConfig
 from lab.evaluations.reconstruction import reconstruction_metrics
 from lab.results.exports import export_sae
 from lab.sparse import ExportedSAE
@@ -59,7 +59,7 @@ REASONS = {
 }
 
 
-def random_case(folder: Path) -> tuple[ExportedSAE, Tensor]:
+def random_case(folder: Path, activation: str) -> tuple[ExportedSAE, Tensor]:
     """An untrained SAE with nothing at zero or tied, exported to `folder`, and raw activations:
     a mean, sparse sums of its decoder rows and noise."""
     generator = torch.Generator().manual_seed(0)
@@ -77,14 +77,15 @@ def random_case(folder: Path) -> tuple[ExportedSAE, Tensor]:
     with torch.no_grad():
         sae.b_enc *= 1 + 0.1 * noise(D_SAE)
         sae.b_dec += 0.005 * noise(D_IN)
-    exported = sae.exported(SCALE)
-    export_sae(exported, folder, Standin, {**vars(CustomSAEConfig()), **vars(Sizes()), "seed": 0})
+    exported = sae.exported(SCALE, 0.1 if activation == "batch_topk" else 0.0)
+    export_sae(exported, folder, Standin, {**vars(CustomSAEConfig(activation=activation)),
+                                           **vars(Sizes()), "seed": 0})
     return exported, z_ND * SCALE
 
 
 def exported_case(folder: Path) -> tuple[ExportedSAE, Tensor]:
     """An exported SAE and a sample of raw cached activations."""
-    sae = ExportedSAE(**load_file(folder / "sae_lens" / "sae_weights.safetensors"))
+    sae = ExportedSAE.of(load_file(folder / "sae_lens" / "sae_weights.safetensors"))
     root = Path(os.environ.get("SAE_CACHE_DIR") or ".cache")
     for path in sorted(root.glob("*/activations/0000-*.safetensors")):
         x_ND = load_file(path)["acts"]
@@ -179,9 +180,12 @@ def check_results() -> bool:
 
 def main() -> int:
     quiet_libraries()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "seed_0"
-        good = check_case("random weights", *random_case(folder), folder)
+    good = True
+    for activation in ACTIVATIONS:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "seed_0"
+            case = random_case(folder, activation)
+            good &= check_case(f"random weights, {activation}", *case, folder)
     for given in map(Path, sys.argv[1:]):
         good &= check_case(f"{given.parent.name}/{given.name}", *exported_case(given), given)
     good &= check_results()

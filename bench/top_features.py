@@ -48,7 +48,7 @@ def show(run: Path, heldout: HeldOut) -> None:
         sys.exit(f"error: {weights} is missing; a run writes it, the committed study has none")
     selected = info["unlearning"]["per_seed"][0]["selected"]  # by threshold
     chosen = selected[max(selected, key=float)][:FEATURES]
-    sae = ExportedSAE(**load_file(weights))
+    sae = ExportedSAE.of(load_file(weights))
     f_CTN = sae.encode(heldout["x"].float(), chosen) * heldout["keep"][..., None]
     print(f"\n{run.name}: {info['config']['purpose']}")
     for n, feature in enumerate(chosen):

@@ -1,6 +1,7 @@
 """The sparse training step's products, the screen for active features, SAEs as exported."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -75,16 +76,18 @@ class DenseCode(NamedTuple):
 
 @dataclass(frozen=True)
 class ExportedSAE:
-    """f = ReLU((x − b_dec) W_enc + b_enc),   x̂ = f W_dec + b_dec, on raw residuals x.
+    """f = a where a > θ, else 0;   a = (x − b_dec) W_enc + b_enc;   x̂ = f W_dec + b_dec.
 
-    `W_enc [D, F]`, `b_enc [F]`, `W_dec [F, D]`, `b_dec [D]`, float32 on the CPU. What is exported
-    and what is evaluated, whatever scale it was trained at.
+    On raw residuals x. `W_enc [D, F]`, `b_enc [F]`, `W_dec [F, D]`, `b_dec [D]`, float32 on the
+    CPU. A `threshold` θ of 0 is ReLU. What is exported and what is evaluated, whatever scale it was
+    trained at.
     """
 
     W_enc: Tensor
     b_enc: Tensor
     W_dec: Tensor
     b_dec: Tensor
+    threshold: float = 0.0
 
     @property
     def d_in(self) -> int:
@@ -95,21 +98,47 @@ class ExportedSAE:
         return self.W_dec.shape[0]
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        """The weights, with a threshold for each feature [F] where there is one."""
+        parts = {name: getattr(self, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        if self.threshold:
+            parts["threshold"] = torch.full((self.d_sae,), self.threshold)
+        return parts
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "ExportedSAE":
+        """The SAE of these `tensors`."""
+        parts = dict(tensors)
+        threshold_F = parts.pop("threshold", torch.zeros(1))
+        return cls(**parts, threshold=float(threshold_F[0]))
 
     @torch.no_grad()
     def code(self, x_ND: Tensor) -> "Code":
         """Reconstruction and active features of raw residuals [N, D]."""
         weights = self.W_enc.T.contiguous(), self.b_enc, self.W_dec, self.b_dec
-        return Code(*SparseAutoencode.apply(x_ND, *weights, faster_screen()))
+        return Code(*SparseAutoencode.apply(x_ND, *weights, faster_screen(), self.threshold,
+                                            lambda _: self.threshold))
 
     def encode(self, x: Tensor, features: Tensor | slice = slice(None)) -> Tensor:
         """Activations [..., n] of some features, all unless told."""
-        centred = (x - self.b_dec) @ self.W_enc[:, features]
-        return torch.relu(centred + self.b_enc[features])
+        a = (x - self.b_dec) @ self.W_enc[:, features] + self.b_enc[features]
+        return torch.relu(a) if not self.threshold else a.where(a > self.threshold, 0.0)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         return self.encode(x) @ self.W_dec + self.b_dec
+
+
+Limit = Callable[[Tensor], float | Tensor]  # of all activations above zero, of which what is above
+# the limit stays; a limit is zero or more
+
+
+def no_limit(_value_N: Tensor) -> float:
+    """ReLU's: all that is above zero stays."""
+    return 0.0
+
+
+def above(f_BF: Tensor, limit: Limit) -> Tensor:
+    """Activations that are above their limit, zero elsewhere."""
+    return f_BF if limit is no_limit else f_BF * (f_BF > limit(f_BF.detach()))
 
 
 class SparseAutoencode(torch.autograd.Function):
@@ -117,19 +146,24 @@ class SparseAutoencode(torch.autograd.Function):
 
     About one feature in a hundred fires, so activations, decoding, the gradient at active
     positions and both weight gradients are products at the places of a sparse B × F matrix. Same
-    mathematics as `CustomSAE.dense_code`, in float32 whatever the screen's precision.
+    mathematics as `CustomSAE.dense_code`, in float32 whatever the screen's precision. The `limit`
+    is asked of the values above `floor` first, and again of all where it is not above that.
     """
 
     @staticmethod
     def forward(ctx: Any, z_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor,
-                b_dec_D: Tensor, screen: str) -> tuple[Tensor, ...]:
+                b_dec_D: Tensor, screen: str, floor: float = 0.0,
+                limit: Limit = no_limit) -> tuple[Tensor, ...]:
         shape = len(z_BD), len(b_enc_F)
         centred_BD = z_BD - b_dec_D
-        row_N, column_N = candidates(centred_BD, W_enc_FD, b_enc_F, screen)
-        pattern = csr(row_starts(row_N, shape[0]), column_N, torch.zeros(len(row_N)), shape)
-        product_N = torch.sparse.sampled_addmm(pattern, centred_BD, W_enc_FD.T).values()
-        value_N = product_N.add_(b_enc_F.index_select(0, column_N))
-        active = (value_N > 0).nonzero().squeeze(1)
+        for least in (floor, 0.0):
+            row_N, column_N = candidates(centred_BD, W_enc_FD, b_enc_F - least, screen)
+            pattern = csr(row_starts(row_N, shape[0]), column_N, torch.zeros(len(row_N)), shape)
+            product_N = torch.sparse.sampled_addmm(pattern, centred_BD, W_enc_FD.T).values()
+            value_N = product_N.add_(b_enc_F.index_select(0, column_N))
+            if (cut := limit(value_N)) >= least:
+                break
+        active = (value_N > cut).nonzero().squeeze(1)
         row_N, column_N, value_N = (part.index_select(0, active)
                                     for part in (row_N, column_N, value_N))
         start_B = row_starts(row_N, shape[0])
@@ -153,7 +187,7 @@ class SparseAutoencode(torch.autograd.Function):
         one_B1 = torch.ones_like(centred_BD[:, :1])
         grad_b_enc_F = sparse_product(start_F, row_N, grad_N, one_B1).squeeze(1)
         grad_b_dec_D = grad_z_hat_BD.sum(0) - grad_b_enc_F @ W_enc_FD
-        return None, grad_W_enc_FD, grad_b_enc_F, grad_W_dec_FD, grad_b_dec_D, None
+        return None, grad_W_enc_FD, grad_b_enc_F, grad_W_dec_FD, grad_b_dec_D, None, None, None
 
 
 class DenseAutoencode(torch.autograd.Function):
@@ -168,9 +202,11 @@ class DenseAutoencode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, W_dec_FD: Tensor,
-                b_dec_D: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+                b_dec_D: Tensor, dtype: torch.dtype,
+                limit: Limit = no_limit) -> tuple[Tensor, ...]:
         centred_BD, V_dec_FD = (z_BD - b_dec_D).to(dtype), W_dec_FD.to(dtype)
         f_BF = torch._addmm_activation(b_enc_F.to(dtype), centred_BD, W_enc_FD.to(dtype).T)
+        f_BF = above(f_BF, limit)
         fires_BF = f_BF.sign()
         ctx.save_for_backward(centred_BD, W_enc_FD, V_dec_FD, f_BF)
         ctx.mark_non_differentiable(fires_BF)
@@ -187,7 +223,7 @@ class DenseAutoencode(torch.autograd.Function):
             (grad_BF, centred_BD), (f_BF, grad_BD)))
         grad_b_enc_F = grad_BF.sum(0, dtype=torch.float32)
         grad_b_dec_D = grad_z_hat_BD.sum(0) - grad_b_enc_F @ W_enc_FD
-        return None, grad_W_enc_FD, grad_b_enc_F, grad_W_dec_FD, grad_b_dec_D, None
+        return None, grad_W_enc_FD, grad_b_enc_F, grad_W_dec_FD, grad_b_dec_D, None, None
 
 
 class HeldGradient(torch.autograd.Function):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from experiment import CustomSAE, CustomSAEConfig
 from lab.results.exports import SAE_LENS_VERSION, export_sae, hook_name, sae_cfg_dict
+from lab.sparse import ExportedSAE
 from lab.storage import randomness
 from lab.substrates import Pythia, Standin
 from lab.substrates.texts import Sizes
@@ -72,6 +73,28 @@ def test_both_layouts_hold_the_trained_sae(sae, z, tmp_path):
                    + learning["encoder.bias"])
     x_hat = g @ learning["decoder.weight"].T + learning["bias"]
     torch.testing.assert_close(x_hat, sae(z) * SCALE, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_topk_sae_keeps_its_threshold_in_both_layouts(sae, z, tmp_path):
+    raw = sae.exported(SCALE, 0.3)
+    export_sae(raw, tmp_path, Pythia, {**TRAINER, "activation": "batch_topk"})
+    x, a = z * SCALE, (z - sae.b_dec) @ sae.W_enc + sae.b_enc
+    f = SCALE * a * (a > 0.3)
+    assert 0 < int((f > 0).sum()) < int((a > 0).sum())
+    torch.testing.assert_close(raw.encode(x), f, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(raw.code(x).z_hat_BD, raw.reconstruct(x), atol=1e-5, rtol=1e-5)
+    lens = load_file(tmp_path / "sae_lens" / "sae_weights.safetensors")
+    assert lens["threshold"].tolist() == pytest.approx([0.3 * SCALE] * 96)
+    assert torch.equal(ExportedSAE.of(lens).encode(x), raw.encode(x))
+    assert json.loads((tmp_path / "sae_lens/cfg.json").read_text())["architecture"] == "jumprelu"
+    folder = tmp_path / "dictionary_learning" / "trainer_0"
+    learning = torch.load(folder / "ae.pt", weights_only=True)
+    assert learning.keys() == {"encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "k",
+                               "threshold"}
+    assert float(learning["threshold"]) == pytest.approx(0.3 * SCALE)
+    told = json.loads((folder / "config.json").read_text())["trainer"]
+    assert told["dict_class"] == "BatchTopKSAE"
+    assert told["k"] == int(learning["k"]) == 40
 
 
 def test_sae_lens_is_told_how_the_sae_takes_its_input(sae, tmp_path):

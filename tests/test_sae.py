@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from experiment import CustomSAE
-from lab.sparse import candidates, faster_screen, places
+from lab.sparse import Code, candidates, faster_screen, places
 
 
 def make(d_in=24, d_sae=96, seed=0):
@@ -38,6 +38,42 @@ def test_the_sparse_path_has_the_dense_paths_code_and_gradients(seed, screen):
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5)
         assert b[name].stride() == dict(sae.named_parameters())[name].stride()
+
+
+def largest(n):
+    """The limit above which n activations are, or all where there are no more."""
+    return lambda value_N: torch.cat([value_N.flatten().clamp(min=0), torch.zeros(n + 1)]).sort(
+        descending=True).values[n]
+
+
+@pytest.mark.parametrize("screen", ["float32", "int8"])
+@pytest.mark.parametrize("floor", [0.0, 0.02, 9.0])  # the last is above the limit
+def test_only_the_largest_activations_of_a_batch_stay_and_have_gradients(screen, floor):
+    sae, z = make(seed=1)
+    sae.screen, n = screen, 6 * len(z)
+    f = sae.encode(z)
+    kept = torch.zeros_like(f).flatten().scatter(0, f.flatten().topk(n).indices, 1.0).view_as(f)
+    plain = Code(sae.decode(f * kept), f[kept > 0], *kept.nonzero(as_tuple=True))
+    codes = [lambda: sae.sparse_code(z, floor, largest(n)), lambda: sae.dense_code(z, largest(n))]
+    expected = gradients(sae, plain)
+    for made in codes:
+        code = made()
+        assert len(code.value_N) == n < int((f > 0).sum())
+        for a, b in zip(code, plain):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        for name, grad in gradients(sae, made()).items():
+            torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5)
+    gpu = sae.gpu_code(z, largest(n))
+    torch.testing.assert_close(gpu.f_BF, f * kept, rtol=1e-5, atol=1e-6)
+    assert int(gpu.counts(sae.d_sae).sum()) == n
+    sae.zero_grad()
+    ((gpu.z_hat_BD * torch.linspace(-1, 1, z.shape[1])).sum() + gpu.f_BF.square().sum()).backward()
+    ours = {name: part.grad.clone() for name, part in sae.named_parameters()}
+    sae.zero_grad()
+    f = sae.encode(z) * kept
+    ((sae.decode(f) * torch.linspace(-1, 1, z.shape[1])).sum() + f.square().sum()).backward()
+    for name, part in sae.named_parameters():
+        torch.testing.assert_close(ours[name], part.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [64, 20, 7])

@@ -153,10 +153,12 @@ def in_two_threads(work):
     return [one.result() for one in done]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_losses_that_two_processes_differentiate_add_up_to_the_logged_loss(small_config, mode):
+@pytest.mark.parametrize(("mode", "activation"), [*((mode, "relu") for mode in MODES),
+                                                  ("adaptive", "batch_topk")])
+def test_the_losses_that_two_processes_differentiate_add_up_to_the_logged_loss(small_config, mode,
+                                                                               activation):
     z, domain = planted_activations(8192)
-    config = dataclasses.replace(small_config, orthogonality=mode)
+    config = dataclasses.replace(small_config, orthogonality=mode, activation=activation)
 
     def work(processes):
         trainer = new_trainer(config, z, kind=Watched, processes=processes)
@@ -294,6 +296,28 @@ def test_the_use_term_separates_use(small_config):
         use = run(config)[0].running_use()
         l_use[eta] = float(use_loss(use, use))
     assert l_use[10.0] < 0.5 * l_use[0.0]
+
+
+# -- BatchTopK -------------------------------------------------------------------------------------
+
+
+def test_batch_topk_has_its_l0_in_every_batch_no_l1_and_about_its_l0_without_a_batch(small_config):
+    z, domain = planted_activations(8192)
+    config = dataclasses.replace(small_config, activation="batch_topk", steps=200)
+    trainer = new_trainer(config, z, kind=Watched)
+    for t in range(200):
+        terms = trainer.step(*batch(z, domain, t))
+        assert terms["l0"] == pytest.approx(8.0, abs=0.01)  # there are no ties
+        assert terms["lambda"] == 0
+        assert trainer.differentiated == pytest.approx(
+            terms["fit"] + terms["alpha"] * terms["ramp"] * (
+                terms["l_dir"] + config.eta * terms["l_use"]), rel=1e-5)
+    sae = trainer.exported(7.0)
+    f = sae.encode(7 * planted_activations(2000)[0])  # another sample of the same world
+    assert float((f > 0).sum(1).float().mean()) == pytest.approx(8.0, rel=0.05)
+    assert float(f[f > 0].min()) > sae.threshold == pytest.approx(7 * trainer.threshold())
+    assert sae.threshold == pytest.approx(7 * float(trainer.state["limit"]), rel=0.1)
+    assert int((trainer.state["silent_F"] < 50).sum()) > 100
 
 
 # -- α has one way ---------------------------------------------------------------------------------
@@ -509,10 +533,11 @@ def test_newborn_features_have_no_past(small_config):
 # -- Checkpoints and odd numbers -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["adaptive", "gram_encoder"])
-def test_a_checkpoint_continues_to_the_last_bit(small_config, tmp_path, mode):
+@pytest.mark.parametrize(("mode", "activation"), [("adaptive", "relu"), ("gram_encoder", "relu"),
+                                                  ("adaptive", "batch_topk")])
+def test_a_checkpoint_continues_to_the_last_bit(small_config, tmp_path, mode, activation):
     z, domain = planted_activations(8192)
-    config = dataclasses.replace(small_config, orthogonality=mode)
+    config = dataclasses.replace(small_config, orthogonality=mode, activation=activation)
     whole, first, second = (new_trainer(config, z) for _ in range(3))
     whole.alpha = first.alpha = 0.3
     for t in range(60):

@@ -26,11 +26,11 @@ def export_sae(sae: ExportedSAE, folder: Path, source: Standin | Pythia,
 
 def export_for_sae_lens(sae: ExportedSAE, folder: Path, source: Standin | Pythia,
                         trainer: Mapping[str, Any]) -> None:
-    """SAELens 6 `standard`: sae_weights.safetensors and cfg.json."""
+    """SAELens 6 `standard`, or `jumprelu` with a threshold: sae_weights.safetensors, cfg.json."""
     cfg = {
-        "architecture": "standard", "d_in": sae.d_in, "d_sae": sae.d_sae, "dtype": "float32",
-        "device": "cpu", "apply_b_dec_to_input": True, "normalize_activations": "none",
-        "reshape_activations": "none",
+        "architecture": architecture(sae.threshold > 0), "d_in": sae.d_in, "d_sae": sae.d_sae,
+        "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
+        "normalize_activations": "none", "reshape_activations": "none",
         "metadata": {
             "sae_lens_version": SAE_LENS_VERSION, "sae_lens_training_version": None,
             "model_name": source.loadable_name, "model_description": source.model_name,
@@ -47,12 +47,20 @@ def export_for_sae_lens(sae: ExportedSAE, folder: Path, source: Standin | Pythia
 
 def export_for_dictionary_learning(sae: ExportedSAE, folder: Path, source: Standin | Pythia,
                                    trainer: Mapping[str, Any]) -> None:
-    """dictionary_learning's `AutoEncoder`: ae.pt and config.json."""
-    weights = {"bias": sae.b_dec, "encoder.weight": sae.W_enc.T.contiguous(),
-               "encoder.bias": sae.b_enc, "decoder.weight": sae.W_dec.T.contiguous()}
+    """dictionary_learning's `AutoEncoder`, or `BatchTopKSAE`: ae.pt and config.json."""
+    weights = {"encoder.weight": sae.W_enc.T.contiguous(), "encoder.bias": sae.b_enc,
+               "decoder.weight": sae.W_dec.T.contiguous()}
+    if trainer["activation"] == "batch_topk":
+        own = {"dict_class": "BatchTopKSAE", "trainer_class": "BatchTopKTrainer",
+               "k": round(trainer["target_l0"])}
+        weights |= {"b_dec": sae.b_dec, "k": torch.tensor(own["k"], dtype=torch.int32),
+                    "threshold": torch.tensor(sae.threshold)}
+    else:
+        own = {"dict_class": "AutoEncoder", "trainer_class": "StandardTrainer"}
+        weights["bias"] = sae.b_dec
     config = {
         "trainer": {
-            "dict_class": "AutoEncoder", "trainer_class": "StandardTrainer",
+            **own,
             "activation_dim": sae.d_in, "dict_size": sae.d_sae, "lr": trainer["learning_rate"],
             "l1_penalty": trainer["sparsity_penalty"], "warmup_steps": trainer["warmup_steps"],
             "steps": trainer["steps"], "seed": trainer["seed"], "device": "cpu",
@@ -69,6 +77,10 @@ def export_for_dictionary_learning(sae: ExportedSAE, folder: Path, source: Stand
     write_text(folder / "config.json", to_json(config, 2))
 
 
+def architecture(has_threshold: bool) -> str:
+    return "jumprelu" if has_threshold else "standard"
+
+
 def hook_name(source: Standin | Pythia) -> str:
     return f"blocks.{source.layer}.hook_resid_post"
 
@@ -79,7 +91,8 @@ def sae_cfg_dict(config: Mapping[str, Any], source: Standin | Pythia) -> dict[st
         "model_name": source.loadable_name, "d_in": config["d_in"], "d_sae": config["d_sae"],
         "hook_layer": source.layer, "hook_name": hook_name(source),
         "context_size": config["context_length"], "hook_head_index": None,
-        "architecture": "standard", "apply_b_dec_to_input": True,
+        "architecture": architecture(config["activation"] == "batch_topk"),
+        "apply_b_dec_to_input": True,
         "finetuning_scaling_factor": None, "activation_fn_str": "relu", "prepend_bos": False,
         "normalize_activations": "none", "dtype": "float32", "device": "cpu",
         "dataset_path": source.dataset_path, "dataset_trust_remote_code": False,
