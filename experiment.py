@@ -521,10 +521,10 @@ class CustomTrainer:
     """Trains one SAE on E‖z − ẑ‖₂ + λ·E‖f‖₁ + α·ramp(t)·(L_dir + η·L_use).
 
     α lives here, as `trainer.alpha`: the step reads it and `trainer.config` reports it. λ is moved
-    by a controller so that L0 meets the target. Dead features (silent for `resample_every` steps)
-    get the direction of what is reconstructed worst (after Bricken et al. 2023). What changes
-    during training is in `state`, the SAE and the optimizer. Randomness depends on seed and step
-    alone.
+    by a controller so that L0 meets the target; BatchTopK has none. Dead features (silent for
+    `resample_every` steps) get the direction of what is reconstructed worst (after Bricken et al.
+    2023). What changes during training is in `state`, the SAE and the optimizer. Randomness depends
+    on seed and step alone.
     """
 
     USE_MEMORY = 0.98  # of the running means, a step
@@ -764,7 +764,7 @@ class CustomTrainer:
         direction = nn.functional.normalize(self.processes.sum_(lacking), dim=1)
         sae.W_dec[dead] = sae.W_enc_FD[dead] = direction
         overlap = (self.processes.sum_(centred) * direction).sum(1)
-        sae.b_enc[dead] = -0.5 * overlap.clamp(min=0.02)
+        sae.b_enc[dead] = self.threshold() - 0.5 * overlap.clamp(min=0.02)
         self.forget_past_(dead)
 
     def forget_past_(self, features: Tensor) -> None:

@@ -193,8 +193,9 @@ def test_half_of_the_training_text_is_forget_text_and_the_rest_retain_text(study
     text = read(study[0], "run_2")["environment"]["text"]
     learn, most = text["tokens"]["learn"], SIZES["smoke"].learn_tokens
     assert learn["forget"] == most // 128 // 2 * 128
-    assert learn["forget"] + learn["retain"] == most // 128 * 128
-    assert (learn["news"], learn["mmlu"]) == (0, 0)
+    assert sum(learn.values()) == most // 128 * 128
+    assert learn.keys() == {"forget", "WikiText train", "WikiText test", "other MMLU subjects"}
+    assert learn["WikiText test"] == 0 < min(learn["WikiText train"], learn["other MMLU subjects"])
     assert min(text["tokens"]["ask"].values()) > 0
 
 
@@ -277,7 +278,8 @@ def test_biology_prose_is_trained_on_and_never_asked(corpus):
     assert 10 < len(learnt) < hub_fixtures.PAPERS  # as much as is needed, not all there is
     assert corpus["documents"]["learn"]["biology prose"] == len(learnt)
     assert max(map(len, corpus["learn"]["forget"])) <= 6000
-    for texts in (*corpus["ask"].values(), corpus["learn"]["retain"]):
+    learnt_retain = [corpus["learn"][kind] for kind in list(corpus["learn"])[1:]]
+    for texts in (*corpus["ask"].values(), *learnt_retain):
         assert not numbers_in(texts, garden)
 
 
@@ -314,7 +316,8 @@ def test_questions_with_an_option_that_speaks_of_the_others_are_dropped(corpus):
 
 def test_wikitext_keeps_its_own_split_without_copies(corpus):
     town = r"of town (\d+) "
-    learn, ask = (numbers_in(corpus[half]["retain"], town) for half in ("learn", "ask"))
+    learn, ask = (numbers_in(corpus[half][domain], town)
+                  for half, domain in (("learn", "WikiText train"), ("ask", "retain")))
     assert ask >= set(range(300, 360))
     assert not learn & set(range(300, 360))
     assert corpus["documents"]["ask"]["WikiText train"] == 0
@@ -326,13 +329,13 @@ def test_other_mmlu_subjects_are_retain_text_and_those_of_biology_no_text_at_all
                   for text in texts]
     assert not [text for text in everything if re.search("|".join(BIOLOGY_SUBJECTS), text)]
     other = "|".join(hub_fixtures.OTHER_SUBJECTS)
-    learn, ask = (sum(bool(re.search(other, text)) for text in corpus[half]["retain"])
-                  for half in ("learn", "ask"))
+    learn, ask = (sum(bool(re.search(other, text)) for text in corpus[half][domain])
+                  for half, domain in (("learn", "other MMLU subjects"), ("ask", "retain")))
     assert 0.6 < learn / (learn + ask) < 0.9
 
 
 def test_unnamed_texts_are_only_asked(corpus):
-    assert corpus["learn"]["news"] == corpus["learn"]["mmlu"] == []
+    assert not corpus["learn"].keys() & {"news", "mmlu"}
     assert len(corpus["ask"]["news"]) == 160
     assert len(corpus["ask"]["mmlu"]) == 80  # those that are in another subject too among them
     assert all(re.search("|".join(RETAIN_SUBJECTS), text) for text in corpus["ask"]["mmlu"])

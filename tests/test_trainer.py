@@ -320,6 +320,22 @@ def test_batch_topk_has_its_l0_in_every_batch_no_l1_and_about_its_l0_without_a_b
     assert int((trainer.state["silent_F"] < 50).sum()) > 100
 
 
+def test_a_feature_that_is_woken_fires_above_the_threshold_of_batch_topk(small_config):
+    z, domain = planted_activations(8192)
+    config = dataclasses.replace(small_config, activation="batch_topk", resample_every=1000)
+    trainer = new_trainer(config, z)
+    for t in range(30):
+        trainer.step(*batch(z, domain, t))
+    trainer.state["silent_F"][[3, 9]] = 1000
+    trainer.state["threshold"] = 2.0 * trainer.state["use_weight"]  # above all that it would reach
+    z_BD, _ = batch(z, domain, 31)
+    with torch.no_grad():
+        trainer.resample_(z_BD, trainer.sae.dense_code(z_BD))
+        above = trainer.sae.encode(z_BD)[:, [3, 9]] > trainer.threshold()
+    assert bool(above.any(0).all())
+    assert float(above.float().mean()) < 0.2
+
+
 # -- α has one way ---------------------------------------------------------------------------------
 
 
