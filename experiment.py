@@ -62,15 +62,16 @@ except Exception as broken:
 
 RUNS: dict[str, dict[str, Any]] = {
     "run_1": dict(purpose="α sweep, strong", orthogonality="adaptive", alpha=0.10),
-    "run_2": dict(purpose="α sweep, medium", orthogonality="adaptive", alpha=0.05),
+    "run_2": dict(purpose="α sweep, medium", orthogonality="adaptive", alpha=0.05, n_seeds=6),
     "run_3": dict(purpose="α sweep, weak", orthogonality="adaptive", alpha=0.01),
     "run_4": dict(purpose="grouping, frequent", orthogonality="adaptive", regroup_every=100),
     "run_5": dict(purpose="grouping, rare", orthogonality="adaptive", regroup_every=500),
     "run_6": dict(purpose="direction only", orthogonality="adaptive", eta=0.0),
-    "run_7": dict(purpose="fixed orthogonal SAE", orthogonality="fixed"),
-    "run_8": dict(purpose="vanilla SAE: the trained baseline", orthogonality="off", alpha=0.0),
+    "run_7": dict(purpose="fixed orthogonal SAE", orthogonality="fixed", n_seeds=6),
+    "run_8": dict(purpose="vanilla SAE: the trained baseline", orthogonality="off", alpha=0.0,
+                  n_seeds=6),
     "run_9": dict(purpose="OrtSAE, the published competitor (α is its γ)",
-                  orthogonality="max_cosine", alpha=0.25),
+                  orthogonality="max_cosine", alpha=0.25, n_seeds=6),
     "run_10": dict(purpose="the best of runs 1-5 on fresh seeds", orthogonality="adaptive",
                    first_seed=100),
 }

@@ -226,6 +226,20 @@ def test_seeds_are_paired_and_the_interval_is_students():
     assert alone == {"difference": 1.0, "stderr": None, "low": None, "high": None}
 
 
+def test_seeds_that_only_one_run_has_count_for_nothing():
+    """Neither in the difference nor in the sampling error of the texts."""
+    rises = [0.1, 0.9, 0.3, 0.5, 0.2, 0.8]
+    theirs = result([0.0, 0.5, 0.0], sample([0.2] * 6, "111111"))
+    few = result([1.0, 2.5], sample(rises, "010101"))
+    more = result([1.0, 2.5, 7.0, 9.0], sample(rises, "010101"))
+    more["unlearning"]["per_seed"][2] = sample([5.0] * 6, "000000")
+    more["seeds"][2]["seed"] = 40  # the third of the other has no partner either
+    more["seeds"][3]["seed"] = 41
+    assert compare(more, theirs) == compare(few, theirs)
+    assert compare(few, theirs)["x"]["difference"] == 1.5
+    assert compare(theirs, more)["x"]["difference"] == -1.5
+
+
 def test_runs_of_other_seeds_are_not_compared():
     one, other = (result([1.0], sample([1.0] * 2, "11")) for _ in range(2))
     other["seeds"][0]["seed"] = 1
@@ -365,7 +379,8 @@ def saebench_part(*details):
         model_name="described", loadable_name=None, layer=9, fingerprint="f", dataset_path=None)
     substrate = SimpleNamespace(source=source, sizes=Sizes(), precision="float32")
     config = {"steps": 600, "batch_size": 2048, "d_in": 8, "d_sae": 64, "context_length": 128,
-              "learning_rate": 1e-3, "sparsity_penalty": 0.08}
+              "learning_rate": 1e-3, "sparsity_penalty": 0.08,
+              "activation": "relu"}
     info = {**RESULT, "config": config, "means": {"sae_test_accuracy": 0.5, "final_loss": 1.0}}
     return sae_bench_part(info, substrate, [{"details": list(details)}])
 

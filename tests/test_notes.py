@@ -12,7 +12,7 @@ from lab.results.notes import HEADER, describe, headline, summary, update_notes
 from lab.storage import Cache
 
 CONFIG = dict(purpose="baseline", orthogonality="off", alpha=0.0, eta=4.0, regroup_every=250,
-              seeds=[0, 1])
+              activation="relu", seeds=[0, 1])
 
 
 @pytest.fixture
@@ -175,5 +175,6 @@ def test_a_summary_tells_what_the_clamps_cover_and_what_labels_alone_give():
 
 def test_a_row_is_described_by_what_it_trains_with():
     assert describe({**CONFIG, "orthogonality": "fixed", "alpha": 0.05}) == "fixed, α 0.05"
+    assert describe({**CONFIG, "activation": "batch_topk"}) == "off, α 0, BatchTopK"
     assert describe({**CONFIG, "orthogonality": "adaptive", "alpha": 0.1}) == (
         "adaptive, α 0.1, η 4, regrouped every 250 steps")

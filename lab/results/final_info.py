@@ -132,17 +132,20 @@ def comparisons(info: Info, study: Path) -> dict[str, Any]:
 
 
 def compare(info: Info, other: Info) -> dict[str, Any] | None:
-    """Paired differences to a finished run with the same seeds: mean, standard error over seeds,
-    95 % interval.
+    """Paired differences to a finished run, over the seeds that both have: mean, standard error
+    over seeds, 95 % interval. None where they have none in common.
 
     Student's t over seeds (a bootstrap of three gives but their range). Where a metric is of texts
     or questions, which all seeds share, their sampling error is added: (t·σ_s)² + (1.96·σ_t)².
     Without it (the two were not measured on the same ones) there is no interval.
     """
-    rows, theirs = info["seeds"], {row["seed"]: row for row in other["seeds"]}
-    if [row["seed"] for row in rows] != list(theirs):
+    theirs = {row["seed"]: row for row in other["seeds"]}
+    rows = [row for row in info["seeds"] if row["seed"] in theirs]
+    if not rows:
         return None
-    measured = [side["unlearning"]["per_seed"] for side in (info, other)]
+    common = {row["seed"] for row in rows}
+    measured = [[part for row, part in zip(side["seeds"], side["unlearning"]["per_seed"])
+                 if row["seed"] in common] for side in (info, other)]
     result: dict[str, Any] = {}
     for name in names_of(rows):
         pairs = [(row.get(name), theirs[row["seed"]].get(name)) for row in rows]
@@ -208,7 +211,8 @@ def sae_bench_part(info: Info, substrate: Substrate, probing: list[dict]) -> Inf
         "eval_result_unstructured": None,
         "training_steps": config["steps"], "final_loss": info["means"].get("final_loss"),
         "layer": source.layer, "dict_size": config["d_sae"],
-        "learning_rate": config["learning_rate"], "sparsity_penalty": config["sparsity_penalty"],
+        "learning_rate": config["learning_rate"],
+        "sparsity_penalty": config["sparsity_penalty"] * (config["activation"] == "relu"),
     }
 
 

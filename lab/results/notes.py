@@ -65,8 +65,10 @@ def yardstick(info: Mapping[str, Any]) -> str:
 
 
 def describe(config: Mapping[str, Any]) -> str:
-    """The row in words: what keeps features apart, and how strongly."""
+    """The row in words: what keeps features apart, how strongly, and what keeps them sparse."""
     words = [config["orthogonality"], f"α {config['alpha']:g}"]
+    if config["activation"] == "batch_topk":
+        words.append("BatchTopK")
     if config["orthogonality"] == "adaptive":
         words += [f"η {config['eta']:g}", f"regrouped every {config['regroup_every']} steps"]
     return ", ".join(words)
