@@ -6,15 +6,15 @@
 Each row is a table line: means ± standard errors, and below it paired differences with 95 %
 intervals to the table's first row, of the same seeds, as in final_info.json.
 
-fresh: rows of the study on six fresh seeds, and what the labels give without an SAE.
-changed: changed training, on the runs' own seeds: the baselines at other strengths; an extra L1 on
-the lesser domain; nothing shared; the use term alone; the first proposal; random partners; labels
-without meaning; no training.
+changed: changed training: the baselines at other strengths; an extra L1 on the lesser side;
+nothing shared; the use term alone; the first proposal; random partners; labels without meaning; no
+training.
+batch_topk: the rows of the main comparison with BatchTopK in place of ReLU and L1.
 longer: five times the steps.
 left_out: each kind of retain text neither trained on nor labelled, but measured as unnamed text.
 
-Everything is kept in the cache. What a run or an interrupted call has left there is read.
-Environment variables are those of experiment.py.
+All are of the first three seeds of the study. Everything is kept in the cache. What a run or an
+interrupted call has left there is read. Environment variables are those of experiment.py.
 """
 
 import contextlib
@@ -48,7 +48,6 @@ from lab.distributed import Interrupts, Processes, keep_freed_memory
 from lab.evaluations import Evaluated, evaluate
 from lab.pairs import Firing
 from lab.results.final_info import Info, compare, flat_metrics, means_and_stderrs
-from lab.results.frontier import METRICS
 from lab.results.notes import headline
 from lab.sparse import ExportedSAE
 from lab.storage import Cache, code_digest, digest, randomness
@@ -57,19 +56,17 @@ from lab.substrates.texts import RETAIN, SIZES, sides
 
 CODE.setdefault(__name__, Module(Path(__file__).read_text(encoding="utf-8")))  # where imported
 
-FIRST_SEED = 100  # of fresh ones
+SEEDS = 3  # a row
 FAINT = 1e-6  # an α that leaves directions alone
 LESSER = (0.05, 0.1, 0.2, 0.4)  # weights of an extra L1, beside a λ of about 0.08
 MAIN = {"vanilla": "run_8", "fixed": "run_7", "OrtSAE": "run_9", "adaptive": "run_2"}
-FRESH = {"run_8": "vanilla (run_8)", "run_4": "regroup 100 (run_4)", "run_9": "OrtSAE (run_9)",
-         "run_7": "fixed (run_7)", "run_3": "α 0.01 (run_3)"}
 CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
-    "vanilla (run_8)": ("run_8", {}),
+    **{f"{name} ({run})": (run, {}) for name, run in MAIN.items()},
     **{f"fixed, α {alpha}": ("run_7", {"alpha": alpha}) for alpha in (0.01, 0.025, 0.1, 0.2)},
     **{f"OrtSAE, γ {gamma}": ("run_9", {"alpha": gamma}) for gamma in (0.05, 0.1, 0.5, 1.0)},
     "OrtSAE, every step, no ramp": ("run_9", {"direction_every": 1, "ramp_fraction": 0.0}),
     "nothing shared (run_2)": ("run_2", {"share_use": 0.0}),
-    "use term alone (run_4)": ("run_4", {
+    "use term alone (run_2)": ("run_2", {
         "alpha": FAINT, "eta": CustomSAEConfig.alpha * CustomSAEConfig.eta / FAINT}),
     **{f"extra L1, {weight}": ("run_2", {"alpha": FAINT, "eta": weight / FAINT})
        for weight in LESSER},
@@ -128,9 +125,9 @@ def in_place_of(name: str, other: Any) -> Iterator[None]:
 
 
 def row(run: str, **changes: Any) -> CustomSAEConfig:
-    """A row of the study at the budget that SAE_BUDGET names."""
-    budget = os.environ.get("SAE_BUDGET") or "full"
-    return dataclasses.replace(resolve_config(run, budget, Path()), **changes)
+    """A row of the study at the budget that SAE_BUDGET names, with fewer seeds."""
+    config = resolve_config(run, os.environ.get("SAE_BUDGET") or "full", Path())
+    return dataclasses.replace(config, **{"n_seeds": min(SEEDS, config.n_seeds), **changes})
 
 
 def open_substrate(unnamed: str = "") -> Substrate:
@@ -185,11 +182,6 @@ class Bench:
     def evaluated(self, saes: dict[int, ExportedSAE]) -> Evaluated:
         return evaluate(saes, self.substrate, self.sample, Clock())
 
-    def fresh(self, run: str) -> Evaluated:
-        """A row's evaluations on fresh seeds."""
-        seeds = dict(first_seed=FIRST_SEED, n_seeds=2 * row(run).n_seeds)
-        return self.evaluated(self.saes(row(run, **seeds)))
-
 
 # What is printed
 
@@ -223,14 +215,6 @@ def gaps(name: str, differences: Info) -> None:
                 if differences.get(key, {}).get("low") is not None else "-" for key in COLUMNS))
 
 
-def without_sae(evaluated: Evaluated) -> None:
-    """What a direction does: each number and its 95 % interval by texts or questions."""
-    for name, direction in evaluated.yardstick.items():
-        line(f"no SAE, {name.replace('_', ' ')}", (
-            "{:.3f} ({:.3f} to {:.3f})".format(direction[key], *direction[f"{key}_interval"])
-            if key in METRICS and direction[key] is not None else "-" for key in COLUMNS))
-
-
 def main(names: Sequence[str] = ()) -> None:
     if unknown := set(names) - TABLES.keys():
         raise UserError(f"{', '.join(unknown)}: no such table; use {', '.join(TABLES)}")
@@ -241,9 +225,9 @@ def main(names: Sequence[str] = ()) -> None:
         TABLES[name](bench)
 
 
-def fresh(bench: Bench) -> None:
-    table((name, bench.fresh(run)) for run, name in FRESH.items())
-    without_sae(bench.fresh("run_8"))
+def batch_topk(bench: Bench) -> None:
+    table((f"{name}, BatchTopK", bench.evaluated(bench.saes(row(run, activation="batch_topk"))))
+          for name, run in MAIN.items())
 
 
 def longer(bench: Bench) -> None:
@@ -272,11 +256,11 @@ def changed_rows(bench: Bench) -> Iterable[tuple[str, Evaluated]]:
         saes = bench.saes(row("run_2"), "random partners")
     yield "random partners (run_2)", bench.evaluated(saes)
     mislabelled = bench.mislabelled()
-    yield "labels without meaning (run_4)", bench.evaluated(mislabelled.saes(row("run_4")))
+    yield "labels without meaning (run_2)", bench.evaluated(mislabelled.saes(row("run_2")))
     yield "not trained", bench.evaluated(bench.untrained(row("run_8")))
 
 
-TABLES = {one.__name__: one for one in (fresh, changed, longer, left_out)}
+TABLES = {one.__name__: one for one in (changed, batch_topk, longer, left_out)}
 
 if __name__ == "__main__":
     try:

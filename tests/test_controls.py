@@ -30,9 +30,8 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setenv("SAE_BUDGET", "smoke")
     monkeypatch.setattr(experiment, "BUDGETS", {"smoke": SMALL})
     monkeypatch.setattr(unlearning, "THRESHOLDS", (0.1, 0.9))
-    monkeypatch.setattr(controls, "FRESH", {run: controls.FRESH[run] for run in ("run_8", "run_4")})
     monkeypatch.setattr(controls, "CHANGED", {name: controls.CHANGED[name] for name in (
-        "vanilla (run_8)", "use term alone (run_4)", "extra L1, 0.2", "first proposal, α 0.05")})
+        "vanilla (run_8)", "use term alone (run_2)", "extra L1, 0.2", "first proposal, α 0.05")})
     return controls.Bench(tiny_substrate(tmp_path, questions=3 * QUESTIONS, frontier_contexts=2))
 
 
@@ -87,7 +86,7 @@ def test_the_strongest_token_of_a_context_is_marked():
 
 
 def test_the_use_term_alone_pulls_at_no_direction(bench):
-    run, changes = controls.CHANGED["use term alone (run_4)"]
+    run, changes = controls.CHANGED["use term alone (run_2)"]
     both, alone = controls.row(run), controls.row(run, **changes)
     assert alone.alpha * alone.eta == pytest.approx(both.alpha * both.eta)
     assert alone.alpha < 1e-4 * both.alpha
@@ -164,7 +163,7 @@ def test_a_kind_that_is_left_out_is_an_unnamed_text_of_which_nothing_is_learnt(
 
 
 def test_an_unknown_table_is_one_line():
-    with pytest.raises(UserError, match="^faster: no such table; use fresh, changed, longer"):
+    with pytest.raises(UserError, match="^faster: no such table; use changed, batch_topk"):
         controls.main(["faster"])
 
 
@@ -172,14 +171,12 @@ def test_an_interrupted_command_goes_on_where_it_was(bench, monkeypatch, capsys)
     monkeypatch.setattr(controls, "open_substrate", lambda *_: bench.substrate)
     controls.main()
     first = capsys.readouterr().out
-    for name in controls.FRESH.values():
-        assert f"| {name} (2) |" in first
-    for name in (*controls.CHANGED, "labels without meaning (run_4)", "not trained"):
+    for name in (*controls.CHANGED, "labels without meaning (run_2)", "not trained"):
         assert f"| {name} (1) |" in first
     for name in controls.MAIN:
+        assert f"| {name}, BatchTopK (1) |" in first
+    for name in controls.MAIN:
         assert f"| {name}, retain too unnamed (1) |" in first
-    for find in ("mean difference", "logistic regression"):
-        assert f"| no SAE, {find} |" in first
     for module in (storage, experiment):
         monkeypatch.setattr(module, "write_tensors", forbidden)
     controls.main()
