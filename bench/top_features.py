@@ -1,12 +1,12 @@
 """What the features that unlearning clamps stand for: the contexts in which they fire most.
 
-    python bench/top_features.py run_8 run_10       # finished runs; their first seed
+    python bench/top_features.py run_8 run_2 > clamped.md       # finished runs; their first seed
 
-For every run the features chosen at the looser threshold, most frequent on forget text's learn half
-first, with the share of held-out tokens of each domain on which they fire, and their strongest
-tokens in context, marked.
-A reader should see the knowledge that is to go, and nothing else. Environment variables and cache
-are those of experiment.py.
+A table a run, in Markdown. Its rows are the first features of the looser threshold's list, which is
+the order in which unlearning takes them: most frequent on forget text's learn half first. Columns
+are the share of held-out tokens of each text on which a feature fires, and the places where it
+fires most, one a context, its token in brackets; ¶ is where a text begins. A reader should see the knowledge that is to go,
+and nothing else. Environment variables and cache are those of experiment.py.
 """
 
 import sys
@@ -50,14 +50,19 @@ def show(run: Path, heldout: HeldOut) -> None:
     chosen = selected[max(selected, key=float)][:FEATURES]
     sae = ExportedSAE.of(load_file(weights))
     f_CTN = sae.encode(heldout["x"].float(), chosen) * heldout["keep"][..., None]
-    print(f"\n{run.name}: {info['config']['purpose']}")
+    domains, lm = heldout.substrate.domains, heldout.substrate.lm
+    new_text = lm.tokenizer.decode([lm.separator])
+    print(f"\n## {run.name}: {info['config']['purpose']}\n")
+    print("| feature |", " | ".join(domains), "| where it fires most |")
+    print("|---" * (len(domains) + 2) + "|")
     for n, feature in enumerate(chosen):
-        fires_CT = f_CTN[..., n] > 0
-        rates = ", ".join(f"{name} {float(fires_CT[heldout['domain'] == k].float().mean()):.2%}"
-                          for k, name in enumerate(heldout.substrate.domains))
-        print(f"\n  feature {feature}: {rates}")
-        for line in examples(f_CTN[..., n], heldout["tokens"], heldout.substrate.lm.tokenizer):
-            print(f"    {line}")
+        f_CT = f_CTN[..., n]
+        rates = [float((f_CT[heldout["domain"] == k] > 0).float().mean())
+                 for k in range(len(domains))]
+        places = [place.replace(new_text, " ¶ ").replace("|", "\\|")
+                  for place in examples(f_CT, heldout["tokens"], lm.tokenizer)]
+        print(f"| {feature} |", " | ".join(f"{100 * rate:.2f} %" for rate in rates),
+              "|", "<br>".join(places), "|")
 
 
 if __name__ == "__main__":

@@ -67,10 +67,12 @@ def test_top_features_are_those_that_the_run_clamped(job, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     clamped = read_result(Path("run_8"))["unlearning"]["per_seed"][0]["selected"]["0.9"]
     chosen = clamped[: top_features.FEATURES]
-    titles = [line for line in lines if line.startswith("  feature")]
-    assert [int(line.split()[1].rstrip(":")) for line in titles] == chosen != []
-    assert float(titles[0].split("forget ")[1].split("%")[0]) > 0
-    assert sum(line.count("[") for line in lines) >= len(chosen)  # the token is marked
+    assert lines[1].startswith("## run_8: ")
+    rows = [line.split(" | ") for line in lines if line.startswith("| ")][1:]
+    assert [int(row[0].removeprefix("| ")) for row in rows] == chosen != []
+    assert float(rows[0][1].removesuffix(" %")) > 0
+    assert {len(row) for row in rows} == {2 + len(heldout.substrate.domains)}
+    assert all(row[-1].count("[") >= 1 for row in rows)  # the token is marked
 
 
 def test_the_strongest_token_of_a_context_is_marked():
