@@ -5,8 +5,9 @@
 A table a run, in Markdown. Its rows are the first features of the looser threshold's list, which is
 the order in which unlearning takes them: most frequent on forget text's learn half first. Columns
 are the share of held-out tokens of each text on which a feature fires, and the places where it
-fires most, one a context, its token in brackets; ¶ is where a text begins. A reader should see the knowledge that is to go,
-and nothing else. Environment variables and cache are those of experiment.py.
+fires most, one a context. Its token is in brackets; ¶ is where a text begins. A reader should see
+the knowledge that is to go, and nothing else. Environment variables and cache are those of
+experiment.py.
 """
 
 import sys
