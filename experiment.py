@@ -528,7 +528,7 @@ class CustomTrainer:
     on seed and step alone.
     """
 
-    USE_MEMORY = 0.98  # of the running means, a step
+    USE_MEMORY, LIMIT_MEMORY = 0.98, 0.9  # of the running means, a step
     LISTED = 6  # active features of a token, over the target L0; what has more is not counted
     JUDGED = 7  # strongest partners, with which a feature's κ is logged
 
@@ -551,7 +551,7 @@ class CustomTrainer:
             "log_sparsity": torch.tensor(math.log(config.sparsity_penalty), dtype=torch.float64),
             "l0": torch.tensor(2.0 * config.target_l0, dtype=torch.float64),  # running
             "limit": torch.zeros(()),  # BatchTopK's, of this batch
-            "threshold": torch.zeros(()),  # its running mean, as `use_KF` is one
+            "threshold": torch.zeros(()),  # its running mean
             "l_dir": torch.zeros(()),
             "pull_FD": torch.zeros(0),  # gradient of L_dir when it was last computed
         }
@@ -596,7 +596,7 @@ class CustomTrainer:
         if self.device.type == "cuda":
             return self.sae.gpu_code(z_BD, limit)
         if self.is_sparse():
-            return self.sae.sparse_code(z_BD, 0.5 * self.threshold(), limit)
+            return self.sae.sparse_code(z_BD, 0.75 * float(self.state["threshold"]), limit)
         return self.sae.dense_code(z_BD, limit)
 
     def limit(self, value_N: Tensor) -> Tensor:
@@ -607,16 +607,13 @@ class CustomTrainer:
         self.state["limit"] = self.processes.gathered(mine_N).topk(room).values[-1].clamp(min=0)
         return self.state["limit"]
 
-    def threshold(self) -> float:
-        """Above which an activation stays where there is no batch."""
-        return float(self.state["threshold"] / self.state["use_weight"].clamp(min=1e-12))
-
     def sparsity(self) -> Tensor:
         """λ. BatchTopK needs no L1 penalty."""
         return self.state["log_sparsity"].exp() * (self.row.activation == "relu")
 
     def exported(self, scale: float) -> ExportedSAE:
-        return self.sae.exported(scale, self.threshold())
+        """What evaluations see: activations stay above the running limit, whatever the batch."""
+        return self.sae.exported(scale, float(self.state["threshold"]))
 
     def is_sparse(self) -> bool:
         return bool(self.state["l0"] < 0.1 * self.sae.d_sae)
@@ -723,10 +720,11 @@ class CustomTrainer:
         self.state["log_sparsity"] += (0.02 * excess + 0.5 * trend).clamp(-limit, limit)
 
     def update_use_(self, seen: Seen) -> None:
-        """Running mean activations by domain."""
+        """Running means: activations by domain, and BatchTopK's limit, from the first one on."""
+        before, now = self.state["threshold"], self.state["limit"]
+        self.state["threshold"] = before.lerp(now, 1 - self.LIMIT_MEMORY).where(before > 0, now)
         use_KF = self.processes.sum_(seen.use_KF.detach().clone())
         self.state["use_KF"].lerp_(use_KF, 1 - self.USE_MEMORY)
-        self.state["threshold"].lerp_(self.state["limit"], 1 - self.USE_MEMORY)
         self.state["use_weight"].mul_(self.USE_MEMORY).add_(1 - self.USE_MEMORY)
 
     @torch.no_grad()
@@ -765,7 +763,7 @@ class CustomTrainer:
         direction = nn.functional.normalize(self.processes.sum_(lacking), dim=1)
         sae.W_dec[dead] = sae.W_enc_FD[dead] = direction
         overlap = (self.processes.sum_(centred) * direction).sum(1)
-        sae.b_enc[dead] = self.threshold() - 0.5 * overlap.clamp(min=0.02)
+        sae.b_enc[dead] = self.state["threshold"] - 0.5 * overlap.clamp(min=0.02)
         self.forget_past_(dead)
 
     def forget_past_(self, features: Tensor) -> None:

@@ -315,7 +315,8 @@ def test_batch_topk_has_its_l0_in_every_batch_no_l1_and_about_its_l0_without_a_b
     sae = trainer.exported(7.0)
     f = sae.encode(7 * planted_activations(2000)[0])  # another sample of the same world
     assert float((f > 0).sum(1).float().mean()) == pytest.approx(8.0, rel=0.05)
-    assert float(f[f > 0].min()) > sae.threshold == pytest.approx(7 * trainer.threshold())
+    assert float(f[f > 0].min()) > sae.threshold == pytest.approx(
+        7 * float(trainer.state["threshold"]))
     assert sae.threshold == pytest.approx(7 * float(trainer.state["limit"]), rel=0.1)
     assert int((trainer.state["silent_F"] < 50).sum()) > 100
 
@@ -327,11 +328,11 @@ def test_a_feature_that_is_woken_fires_above_the_threshold_of_batch_topk(small_c
     for t in range(30):
         trainer.step(*batch(z, domain, t))
     trainer.state["silent_F"][[3, 9]] = 1000
-    trainer.state["threshold"] = 2.0 * trainer.state["use_weight"]  # above all that it would reach
+    trainer.state["threshold"].fill_(2.0)  # above all that it would reach
     z_BD, _ = batch(z, domain, 31)
     with torch.no_grad():
         trainer.resample_(z_BD, trainer.sae.dense_code(z_BD))
-        above = trainer.sae.encode(z_BD)[:, [3, 9]] > trainer.threshold()
+        above = trainer.sae.encode(z_BD)[:, [3, 9]] > trainer.state["threshold"]
     assert bool(above.any(0).all())
     assert float(above.float().mean()) < 0.2
 
