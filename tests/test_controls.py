@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_standin_texts import packages
 from tiny_substrate import QUESTIONS, tiny_substrate
 
 import experiment
@@ -14,6 +15,7 @@ from lab.evaluations import unlearning
 from lab.evaluations.heldout import HeldOut
 from lab.results.final_info import read_result
 from lab.substrates.standin import Standin
+from lab.substrates.texts import SIZES
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
@@ -31,7 +33,7 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "BUDGETS", {"smoke": SMALL})
     monkeypatch.setattr(unlearning, "THRESHOLDS", (0.1, 0.9))
     monkeypatch.setattr(controls, "CHANGED", {name: controls.CHANGED[name] for name in (
-        "vanilla (run_8)", "use term alone (run_2)", "extra L1, 0.2", "first proposal, α 0.05")})
+        "vanilla (run_8)", "use term alone (run_2)", "extra L1, 0.02", "first proposal, α 0.05")})
     return controls.Bench(tiny_substrate(tmp_path, questions=3 * QUESTIONS, frontier_contexts=2))
 
 
@@ -162,10 +164,18 @@ def test_a_kind_that_is_left_out_is_an_unnamed_text_of_which_nothing_is_learnt(
     assert less.source.domains["retain"] == ("leads", "how-to texts")
     assert less.source.learn_parts["paragraphs"] == 0 < whole.source.learn_parts["paragraphs"]
     assert less.causes != whole.causes
+    less.source.read = packages()
+    corpus = less.source.corpus(SIZES["smoke"])
+    texts = corpus["ask"]["paragraphs"]
+    assert len(texts) == corpus["documents"]["ask"]["paragraphs"] >= 50
+    assert list(corpus["learn"]) == ["forget", "leads", "how-to texts"]
+    assert corpus["documents"]["learn"]["paragraphs"] == 0
+    assert not set(texts) & {*corpus["ask"]["retain"], *corpus["learn"]["leads"],
+                             *corpus["learn"]["how-to texts"]}
 
 
 def test_an_unknown_table_is_one_line():
-    with pytest.raises(UserError, match="^faster: no such table; use changed, batch_topk"):
+    with pytest.raises(UserError, match="^faster: no such table; use fresh, changed, batch_topk"):
         controls.main(["faster"])
 
 
@@ -177,6 +187,7 @@ def test_an_interrupted_command_goes_on_where_it_was(bench, monkeypatch, capsys)
         assert f"| {name} (1) |" in first
     for name in controls.MAIN:
         assert f"| {name}, BatchTopK (1) |" in first
+        assert f"| {name}, fresh seeds (1) |" in first
     for name in controls.MAIN:
         assert f"| {name}, retain too unnamed (1) |" in first
     for module in (storage, experiment):
