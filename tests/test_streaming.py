@@ -146,6 +146,15 @@ def test_a_streamed_sample_is_raw_of_one_domain_and_always_the_same(tiny, monkey
         assert len(buffer.sample(domain, 10**6)) == int((held.domain_N == domain).sum())
 
 
+def test_a_sample_of_a_rare_kind_reads_no_more_than_some_times_its_size(tiny, monkeypatch):
+    held, buffer, names = ActivationBuffer.read(tiny, SHARD), read(tiny), []
+    read_shard = Shards.read
+    monkeypatch.setattr(Shards, "read", lambda self, i: names.append(i) or read_shard(self, i))
+    monkeypatch.setattr(shards_module, "SEARCHED", 2)
+    assert 0 < len(buffer.sample(2, 70)) < 70 < int((held.domain_N == 2).sum())
+    assert len(names) == 3  # of 64 tokens
+
+
 def test_attention_sinks_are_left_out_of_a_stream(tiny, monkeypatch):
     monkeypatch.setattr(shards_module.Substrate, "is_plain", lambda self, x: (
         torch.arange(x.shape[1]) > 0).expand(x.shape[:2]))
