@@ -3,9 +3,9 @@
     python plot.py                     # the runs of the folder you are in
     cd study && python ../plot.py      # the committed study
 
-Each figure is a PNG (for looking) and a PDF (for papers). A folder that cannot be drawn, wholly or
-in part, is named in one line with the reason. Of several substrates or budgets the one with most
-runs is drawn. Runs that were evaluated differently are drawn under a note, and never subtracted.
+Each figure is a PNG (for looking) and a PDF (for papers). What cannot be drawn is named with the
+reason. Of several substrates or budgets the one with most runs is drawn. Runs that were evaluated
+differently are drawn under a note, and never subtracted.
 """
 
 import json
@@ -74,17 +74,16 @@ STYLE = {
     "axes.titlelocation": "left", "axes.titlesize": 9, "legend.frameon": False, "axes.grid": True,
     "axes.spines.top": False, "axes.spines.right": False, "grid.color": "#E6E6E6",
 }
-FOLDER = Path("figures")
+FOLDER, TPP = Path("figures"), "tpp_threshold_20_total_metric"
 COSTS = np.linspace(0, statistics.FRONTIER_END, 301)  # nats
 PROBES = {**{str(k): f"_top_{k}_test_accuracy" for k in (1, 2, 5, 10, 20, 50)},
           "all": "_test_accuracy"}  # metrics by the number of features a probe may use
 METRICS = {  # name (the arrow is the better direction), format, where its axis begins if it can
     "unlearning_area": ("unlearning area (nats) ↑", ".2f", 0),
     "area_gain": ("minus vanilla's (95 %) ↑", "", math.nan),
-    "forget_rise_at_0.01": ("forgetting at cost 0.01 ↑", ".2f", 0),
-    "forget_rise_at_0.1": ("forgetting at cost 0.1 ↑", ".2f", 0),
     "unlearning_score": ("SAEBench score ↑", ".3f", 0),
     "accuracy_area": ("area of accuracies ↑", ".3f", 0),
+    TPP: ("TPP, 20 features ↑", ".3f", 0),
     "sae_top_1_test_accuracy": ("top-1 probe ↑", ".3f", math.nan),
     "sae_top_5_test_accuracy": ("top-5 probe ↑", ".3f", math.nan),
     "l0": ("L0", ".1f", 0),
@@ -101,13 +100,14 @@ TABLE_NOTE = """\
 Differences of areas (nats) are paired over seeds, with the 95 % interval if a run has one, or
 ± standard error. †: no seed in common. n/c: not comparable. Labels alone: no SAE."""
 TERMS = {  # what a figure explains if a panel names it
-    "[↑↓]": "Arrows show the better direction, dotted vertical lines (if any) the vanilla SAE.",
+    "[↑↓↗]": "Arrows show the better direction, dotted vertical lines (if any) the vanilla SAE.",
     "area|forget": "Unlearning area: forgetting, averaged over costs from 0 to 0.3 nats. "
     "Forgetting: rise of cross-entropy (CE) on the text to forget when SAE features are clamped. "
     "Cost: the largest rise on a text that is to be kept.",
     "vanilla's": "Minus vanilla's: paired over seeds, bars are 95 % intervals or else ± standard "
     "errors; †: no seed in common, n/c: not comparable.",
     "accuracies": "Area of accuracies: the same for questions.",
+    "TPP": "TPP: how much more a class's probe loses without its 20 features than others do.",
     "κ": "κ: condition number of the directions of features that fire together, 1 if orthogonal.",
     "CE score": "CE score: 1 if the SAE keeps the language model's loss, 0 if as bad as ablation.",
     "probe": "Probes tell classes of text apart from the k best features; chance is 0.5.",
@@ -118,8 +118,7 @@ TERMS = {  # what a figure explains if a panel names it
 def frontier(block: dict) -> np.ndarray | None:
     """Forgetting at each of COSTS as it was judged, if it was."""
     points = numbers(dicts(block, "frontier"), "cost", "forget_rise")
-    sound = len(points) and np.isfinite(points).all()
-    return np.interp(COSTS, *points.T) if sound else None
+    return np.interp(COSTS, *points.T) if len(points) and np.isfinite(points).all() else None
 
 
 @dataclass
@@ -281,8 +280,8 @@ def area_gain(run: Run, base: Run | None) -> tuple[float, float, float, str]:
         low, high = sorted(ends)
         if pairs and math.isclose(middle, mean, rel_tol=1e-3, abs_tol=1e-6) and low <= mean <= high:
             return mean, low, high, f"{mean:+.2f} [{low:.2f}, {high:.2f}]"
-    mark = "" if pairs else " †"
-    return mean, mean - stderr, mean + stderr, f"{show(mean, '+.2f')} ± {show(stderr)}{mark}"
+    text = f"{show(mean, '+.2f')} ± {show(stderr)}{'' if pairs else ' †'}"
+    return mean, mean - stderr, mean + stderr, text
 
 
 def table_rows(runs: list[Run]) -> list[list[str]]:
@@ -332,8 +331,7 @@ def finish(ax: Axes, title: str, xlabel: str, ylabel: str, floor: float = math.n
     elif high - low < 0.02 * high:  # noise must not fill a panel
         ax.set_ylim((low + high) / 2 - 0.01 * high, (low + high) / 2 + 0.01 * high)
     for axis in ax.xaxis, ax.yaxis:
-        start = min(axis.get_view_interval())
-        if axis.get_scale() == "linear" and start > 0:
+        if axis.get_scale() == "linear" and (start := min(axis.get_view_interval())) > 0:
             axis.set_label_text(f"{axis.get_label_text()} (axis from {start:.3g})".strip())
     return True
 
@@ -357,8 +355,7 @@ def metric_panel(ax: Axes, runs: list[Run], key: str) -> None:
            ylim=(max(len(runs), 4) - 0.5, -0.5))
     ax.label_outer()
     for name, part in yardstick(runs).items():
-        if math.isfinite(value := number(part.get(key))):
-            ax.axvline(value, linestyle=DASHES[name], **REFERENCE)
+        ax.axvline(number(part.get(key)), linestyle=DASHES[name], **REFERENCE)
     if base and comparable(*runs):
         ax.axvline(0 if key == "area_gain" else base.metric(key)[0], linestyle=":", **REFERENCE)
 
@@ -523,17 +520,20 @@ def training_curves(runs: list[Run]) -> Figure:
 
 
 def overview(runs: list[Run]) -> Figure:
-    """One page: the curves with their legend, and below them the metrics in rows."""
+    """One page: what is bought against its price, and below it the metrics in rows."""
     height = 0.6 + 0.25 * max(len(runs), 4)
     fig = new_figure("Overview: what each loss buys and costs", 14, 5 + height)
     top, bottom = fig.subfigures(2, 1, height_ratios=(3.9, height))
     left, middle, right = top.subplots(1, 3)
     frontier_panel(left, runs, "A  unlearning: more forgetting at equal cost ↑", False)
-    kappa_panel(middle, runs, "B  features that fire together: further left is better")
-    probing_panel(right, runs, "C  few features hold a concept ↑")
+    prices = {"unlearning_area": (middle, "B  forgetting"), TPP: (right, "C  separation")}
+    for key, (ax, name) in prices.items():
+        for run in runs:
+            (x, spread), (y, stderr) = map(run.metric, ("explained_variance", key))
+            draw_points(ax, run, x, y, xerr=spread, yerr=stderr, markersize=8)
+        finish(ax, f"{name} against its price ↗", "explained variance", METRICS[key][0], 0)
     add_legend(top, runs)
-    keys = ("unlearning_area", "area_gain", "kappa_median", "explained_variance", "ce_score",
-            "sae_top_5_test_accuracy")
+    keys = ("unlearning_area", "area_gain", TPP, "kappa_median", "explained_variance")
     for ax, key in zip(bottom.subplots(1, len(keys)), keys):
         metric_panel(ax, runs, key)
     return fig
@@ -541,13 +541,13 @@ def overview(runs: list[Run]) -> Figure:
 
 FIGURES = {
     "unlearning_frontier": unlearning_frontier,
-    "unlearning_summary": partial(metric_rows, title="Unlearning", keys=tuple(METRICS)[:6]),
+    "unlearning_summary": partial(metric_rows, title="Unlearning", keys=tuple(METRICS)[:4]),
     "alpha_sweep": partial(sweep, setting="alpha", name="strength α"),
     "grouping_interval": partial(sweep, setting="regroup_every", name="steps between regroupings"),
     "condition_numbers": partial(metric_rows, title="κ of features that fire together",
                                  keys=("kappa_median", "kappa_p90"), panel=kappa_panel),
     "sparse_probing": partial(metric_rows, title="How few features hold a concept",
-                              keys=tuple(METRICS)[6:8], panel=probing_panel),
+                              keys=tuple(METRICS)[5:7], panel=probing_panel),
     "reconstruction": partial(metric_rows, title="Reconstruction at equal sparsity",
                               keys=("l0", "explained_variance", "ce_score")),
     "training_curves": training_curves,

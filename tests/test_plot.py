@@ -660,7 +660,7 @@ def test_no_text_of_any_figure_overlaps_another(tmp_path, monkeypatch):
 def test_figures_explain_the_terms_that_their_panels_use(tmp_path):
     fabricate(tmp_path, "run_8")
     notes = {name: drawn(tmp_path, name).get_supxlabel() for name in plot.FIGURES}
-    assert all(term in notes["overview"] for term in ("area:", "κ:", "CE score:", "Probes"))
+    assert all(term in notes["overview"] for term in ("area:", "κ:", "TPP:", "Arrows"))
     assert "κ:" not in notes["sparse_probing"]
     assert "Probes" not in notes["condition_numbers"]
     assert all("budget full, seeds a run: 3" in note for note in notes.values())
@@ -670,7 +670,7 @@ def test_metrics_start_at_zero_and_accuracies_at_chance(tmp_path):
     for name in ("run_2", "run_7", "run_8"):
         fabricate(tmp_path, name)
     panels = drawn(tmp_path, "unlearning_summary").axes
-    assert [ax.get_xlim()[0] for ax in (panels[0], *panels[2:])] == [0] * 5
+    assert [ax.get_xlim()[0] for ax in (panels[0], *panels[2:])] == [0] * 3
     probing = drawn(tmp_path, "sparse_probing").axes[2]
     assert probing.get_ylim()[0] == 0.5
     assert probing.get_ylabel() == "probe accuracy, chance 0.5 (axis from 0.5)"
@@ -771,9 +771,20 @@ def test_legends_name_only_what_is_drawn(tmp_path):
     assert not legend.get_texts()
 
 
+def test_the_overview_sets_forgetting_and_separation_against_explained_variance(tmp_path):
+    for name in ("run_2", "run_8"):
+        fabricate(tmp_path, name)
+        edit(tmp_path, name, lambda info: info["means"].update({plot.TPP: info["means"]["l0"]}))
+    runs = {run.name: run for run in read(tmp_path)}
+    for panel, key in zip(drawn(tmp_path, "overview").axes[1:], ("unlearning_area", plot.TPP)):
+        points = [bar.lines[0].get_xydata()[0].tolist() for bar in panel.containers]
+        assert points == [[runs[name].metric("explained_variance")[0], runs[name].metric(key)[0]]
+                          for name in ("run_2", "run_8")]
+
+
 def test_small_values_keep_two_digits(tmp_path):
     fabricate(tmp_path, "run_8")
     edit(tmp_path, "run_8", lambda info: info["means"].update(unlearning_score=0.0374))
     panels = drawn(tmp_path, "unlearning_summary").axes
-    assert [text.get_text() for text in panels[4].texts] == ["0.037"]
-    assert panels[4].get_xlim()[0] == 0
+    assert [text.get_text() for text in panels[2].texts] == ["0.037"]
+    assert panels[2].get_xlim()[0] == 0
