@@ -346,6 +346,10 @@ def metric_panel(ax: Axes, runs: list[Run], key: str) -> None:
             value, low, high, text = area_gain(run, base)
         draw_points(ax, run, value, row, xerr=[[value - low], [high - value]])
         ax.text(1.03, row, text.partition(" [")[0], transform=ax.get_yaxis_transform(), va="center")
+    for name, part in yardstick(runs).items():
+        ax.axvline(number(part.get(key)), linestyle=DASHES[name], **REFERENCE)
+    if base and comparable(*runs):
+        ax.axvline(0 if key == "area_gain" else base.metric(key)[0], linestyle=":", **REFERENCE)
     floor, high = METRICS[key][2], ax.get_xlim()[1]
     if ax.dataLim.x0 >= floor:
         ax.set_xlim(floor, high + 0.1 * (high - floor))
@@ -354,10 +358,6 @@ def metric_panel(ax: Axes, runs: list[Run], key: str) -> None:
     ax.set(yticks=range(len(runs)), yticklabels=[run.label for run in runs],
            ylim=(max(len(runs), 4) - 0.5, -0.5))
     ax.label_outer()
-    for name, part in yardstick(runs).items():
-        ax.axvline(number(part.get(key)), linestyle=DASHES[name], **REFERENCE)
-    if base and comparable(*runs):
-        ax.axvline(0 if key == "area_gain" else base.metric(key)[0], linestyle=":", **REFERENCE)
 
 
 def frontier_panel(ax: Axes, runs: list[Run], title: str, detailed: bool) -> None:
