@@ -528,7 +528,8 @@ class CustomTrainer:
     on seed and step alone.
     """
 
-    USE_MEMORY, LIMIT_MEMORY = 0.98, 0.9  # of the running means, a step
+    USE_MEMORY = 0.98  # of the running means of use, a step
+    LIMIT_MEMORY = 0.9  # of that of BatchTopK's limit
     LISTED = 6  # active features of a token, over the target L0; what has more is not counted
     JUDGED = 7  # strongest partners, with which a feature's κ is logged
 
