@@ -206,7 +206,7 @@ def survivors(text: bytes) -> list[bytes]:
 
 def notes(folder: Path) -> tuple[Path, Callable]:
     path, cache = folder / "notes.txt", storage.Cache(folder / "cache")
-    row = dict(purpose="", orthogonality="off", alpha=0.0, seeds=[0])
+    row = dict(purpose="", orthogonality="off", alpha=0.0, activation="relu", seeds=[0])
     info = dict(config=row, means={"l0": 1.25}, stderrs={}, substrate="standin", budget="smoke",
                 comparisons={})
     for i, run in enumerate(("run_3", "run_8", "run_1")):
