@@ -111,7 +111,7 @@ def random_partners(of: Firing, *arguments: Any, counted: Callable = experiment.
 def lesser_side(mean_KF: Tensor, running_KF: Tensor, _share_F: Tensor | None = None) -> Tensor:
     """An L1 in place of L_use: of every feature's two sides, forget text and the kind of retain
     text on which it has most, the lesser one's mean activation, summed. It exempts nothing, and
-    acts from the first step on."""
+    acts before the first grouping too."""
     return sides(mean_KF, running_KF).gather(0, sides(running_KF).argmin(0)[None]).sum()
 
 
