@@ -322,7 +322,7 @@ class Stream:
         """Up to `size` raw activations of a domain, always the same ones: of the first shards, of
         a rare domain from at most SEARCHED times as many tokens."""
         parts, read = [torch.zeros(0, self.d_in, dtype=self.dtype)], 0
-        for i in range(len(self.shards)):
+        for i in range(len(self.shards)) if (self.shards.domain_N == domain).any() else ():
             if sum(map(len, parts)) < size and read < SEARCHED * size:
                 shard = self.reader.result(self.shards.read, i)
                 parts.append(shard["acts"][shard["domain"] == domain])

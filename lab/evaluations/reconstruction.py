@@ -31,7 +31,7 @@ def evaluate_reconstruction(sae: ExportedSAE, heldout: HeldOut, use_KF: Tensor) 
     domains = heldout.substrate.domains
     totals = [reconstruction_sums(sae, heldout.residuals(k)) for k in range(len(domains))]
     both = {name: totals[FORGET][name] + totals[RETAIN][name] for name in totals[FORGET]}
-    return {**metrics_of(both), **decoder_metrics(sae, sides(use_KF)),
+    return {**metrics_of(both), **decoder_metrics(sae, use_KF),
             "by_domain": {name: metrics_of(part) for name, part in zip(domains, totals)},
             "ce_sae": ce, "ce_zero": zero, "ce_base": base,
             "ce_score": (zero - ce) / (zero - base) if zero != base else None}
@@ -89,7 +89,7 @@ def metrics_of(sums: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def decoder_metrics(sae: ExportedSAE, use_KF: Tensor) -> dict[str, Any]:
     """How far apart features are, by counting and by measures that no experiment changes; of use on
-    forget and on retain text.
+    forget text and, of each feature, on the kind of retain text that it has most on (`sides`).
 
     max_decoder_cosine: mean over features of the largest cosine with another one. l_dir: frame
     potential of the decoder without its diagonal, D/F² Σ_{i≠j} (w_i·w_j)², with its floor 1 − D/F.
@@ -99,7 +99,7 @@ def decoder_metrics(sae: ExportedSAE, use_KF: Tensor) -> dict[str, Any]:
     """
     W_FD = nn.functional.normalize(sae.W_dec, dim=1)
     F, D = W_FD.shape
-    share_KF = use_KF / use_KF.sum(1, keepdim=True).clamp(min=1e-12)
+    share_KF = sides(use_KF / use_KF.sum(1, keepdim=True).clamp(min=1e-12))
     total_F = share_KF.sum(0)
     forget_F, retain_F = ((share_KF[k] > SERVES_ONE * total_F) & (total_F > 0)
                       for k in (FORGET, RETAIN))
@@ -114,7 +114,7 @@ def decoder_metrics(sae: ExportedSAE, use_KF: Tensor) -> dict[str, Any]:
         "max_decoder_cosine": float(torch.cat(largest).mean()),
         "l_dir": float(((W_FD.T @ W_FD).square().sum() - W_FD.square().sum(1).square().sum())
                        * (D / F**2)),
-        "l_dir_floor": 1 - D / F, "l_use": impurity(use_KF), "duplicates": duplicates,
+        "l_dir_floor": 1 - D / F, "l_use": impurity(sides(use_KF)), "duplicates": duplicates,
         "forget_features": int(forget_F.sum()),
     }
 

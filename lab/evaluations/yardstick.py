@@ -24,9 +24,7 @@ def evaluate_directions(heldout: HeldOut, samples: list[Tensor]) -> dict[str, di
     The direction is clamped as a feature is, through the same settings, on the same texts. AxBench
     (arXiv 2501.17148) finds such directions ahead of SAEs at steering and detection.
     """
-    retain_ND = torch.cat(samples[1:])
-    mixed_N = torch.randperm(len(retain_ND), generator=randomness("yardstick"))
-    results, pair = {}, (samples[0], retain_ND[mixed_N])
+    results, pair = {}, (samples[0], torch.cat(samples[1:]))
     for name, find in (("mean_difference", mean_difference),
                        ("logistic_regression", logistic_regression)):
         sae = one_direction(find(*pair), samples[1:])
@@ -47,7 +45,8 @@ def mean_difference(forget_ND: Tensor, retain_ND: Tensor) -> Tensor:
 
 def logistic_regression(forget_ND: Tensor, retain_ND: Tensor) -> Tensor:
     """The direction [D] of a logistic regression on standardised residuals."""
-    parts = forget_ND[:PROBE_TOKENS], retain_ND[:PROBE_TOKENS]
+    mixed_N = torch.randperm(len(retain_ND), generator=randomness("yardstick"))
+    parts = forget_ND[:PROBE_TOKENS], retain_ND[mixed_N[:PROBE_TOKENS]]
     x, y = torch.cat(parts).numpy(), [True] * len(parts[0]) + [False] * len(parts[1])
     scaler = StandardScaler()
     probe = LogisticRegression(C=1.0, max_iter=1000).fit(scaler.fit_transform(x), y)

@@ -51,7 +51,8 @@ def read_result(folder: Path) -> Info | None:
 
 def best_run(study: Path, candidates: Sequence[str], budget: str,
              settings: Sequence[str]) -> dict[str, Any]:
-    """`settings` of the candidate in the folder `study` with the largest unlearning area.
+    """`settings` of the candidate in the folder `study` with the largest unlearning area, the mean
+    over the seeds that all candidates have.
 
     Raises UserError naming candidates that are missing or have no area, or are not comparable with
     each other.
@@ -70,7 +71,13 @@ def best_run(study: Path, candidates: Sequence[str], budget: str,
         if unlike := differences(first, info):
             raise UserError(f"{name} and {candidates[0]} in {study.resolve()} differ in "
                             f"{', '.join(unlike)}; repeat the odd ones")
-    best = max(candidates, key=lambda name: usable[name]["means"]["unlearning_area"])
+    areas = {name: {row["seed"]: row["unlearning_area"] for row in info["seeds"]}
+             for name, info in usable.items()}
+    common = set.intersection(*map(set, areas.values()))
+    if not common:
+        raise UserError(f"{candidates[0]} to {candidates[-1]} in {study.resolve()} have no seed in "
+                        "common; repeat them with the same first_seed")
+    best = max(candidates, key=lambda name: sum(areas[name][seed] for seed in common))
     return {key: usable[best]["config"][key] for key in settings}
 
 
@@ -125,15 +132,18 @@ def comparisons(info: Info, study: Path) -> dict[str, Any]:
             report(f"{reference} and {info['run']} differ in {', '.join(unlike)}; not compared")
         elif other:
             try:
-                results[reference] = compare(info, other)
+                if found := compare(info, other):
+                    results[reference] = found
+                else:
+                    report(f"{reference} and {info['run']} have no seed in common; not compared")
             except (LookupError, TypeError, ValueError, AttributeError) as error:
                 report(f"{reference} is of another version ({type(error).__name__}); not compared")
-    return {name: found for name, found in results.items() if found}
+    return results
 
 
 def compare(info: Info, other: Info) -> dict[str, Any] | None:
-    """Paired differences to a finished run, over the seeds that both have: mean, standard error
-    over seeds, 95 % interval. None where they have none in common.
+    """Paired differences to a finished run, over the seeds that both have: their number, mean,
+    standard error over seeds, 95 % interval. None where they have none in common.
 
     Student's t over seeds (a bootstrap of three gives but their range). Where a metric is of texts
     or questions, which all seeds share, their sampling error is added: (t·σ_s)² + (1.96·σ_t)².
@@ -152,8 +162,8 @@ def compare(info: Info, other: Info) -> dict[str, Any] | None:
         if name == "seed" or any(value is None for pair in pairs for value in pair):
             continue
         mean, stderr = mean_stderr([ours - their for ours, their in pairs])
-        known = result[name] = {"difference": float(mean), "stderr": None, "low": None,
-                                "high": None}
+        known = result[name] = {"seeds": len(pairs), "difference": float(mean), "stderr": None,
+                                "low": None, "high": None}
         if len(pairs) > 1:
             known["stderr"] = float(stderr)
             half = float(stderr) * float(scipy.stats.t.ppf(0.975, len(pairs) - 1))
