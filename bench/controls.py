@@ -7,9 +7,9 @@ Each row is a table line: means ± standard errors, and below it paired differen
 intervals to the table's first row, of the same seeds, as in final_info.json.
 
 fresh: the rows of the main comparison on run_10's seeds, on which nothing was chosen.
-changed: changed training: the baselines at other strengths; an extra L1 on the lesser side;
-nothing shared; the use term alone; the first proposal; random partners; labels without meaning; no
-training.
+changed: changed training: the losses at other strengths; an extra L1 on the lesser side; nothing
+shared; the use term alone; the first proposal; L_dir with a part of the fixed SAE's; random
+partners; labels without meaning; no training.
 batch_topk: the rows of the main comparison with BatchTopK in place of ReLU and L1.
 longer: five times the steps.
 left_out: each kind of retain text neither trained on nor labelled, but measured as unnamed text.
@@ -21,6 +21,7 @@ or an interrupted call has left there is read. Environment variables are those o
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import os
 import sys
@@ -60,11 +61,13 @@ CODE.setdefault(__name__, Module(Path(__file__).read_text(encoding="utf-8")))  #
 SEEDS = 3  # a row
 FAINT = 1e-6  # an α that leaves directions alone
 LESSER = (0.005, 0.01, 0.02, 0.05, 0.1)  # of means by domain: two to nine times as much a token
+PARTS = (0.25, 0.5)  # of the fixed SAE's L_dir, beside that of active sets
 MAIN = {"vanilla": "run_8", "fixed": "run_7", "OrtSAE": "run_9", "adaptive": "run_2"}
 CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{name} ({run})": (run, {}) for name, run in MAIN.items()},
     **{f"fixed, α {alpha}": ("run_7", {"alpha": alpha}) for alpha in (0.01, 0.025, 0.1, 0.2)},
     **{f"OrtSAE, γ {gamma}": ("run_9", {"alpha": gamma}) for gamma in (0.05, 0.1, 0.5, 1.0)},
+    "adaptive, α 0.2": ("run_2", {"alpha": 0.2}),
     "OrtSAE, every step, no ramp": ("run_9", {"direction_every": 1, "ramp_fraction": 0.0}),
     "nothing shared (run_2)": ("run_2", {"share_use": 0.0}),
     "use term alone (run_2)": ("run_2", {
@@ -113,6 +116,12 @@ def lesser_side(mean_KF: Tensor, running_KF: Tensor, _share_F: Tensor | None = N
     text on which it has most, the lesser one's mean activation, summed. It exempts nothing, and
     acts before the first grouping too."""
     return sides(mean_KF, running_KF).gather(0, sides(running_KF).argmin(0)[None]).sum()
+
+
+def with_fixed(W_FD: Tensor, lists_BL: Tensor, part: float,
+               active: Callable = experiment.active_set_loss) -> Tensor:
+    """L_dir of features that fire together, and a part of that of all pairs alike."""
+    return active(W_FD, lists_BL) + part * experiment.frame_loss(W_FD)
 
 
 @contextlib.contextmanager
@@ -267,6 +276,10 @@ def changed_rows(bench: Bench) -> Iterable[tuple[str, Evaluated]]:
         with in_place_of("use_loss", lesser_side) if own else contextlib.nullcontext():
             saes = bench.saes(row(run, **changes), *own)
         yield name, bench.evaluated(saes)
+    for part in PARTS:
+        with in_place_of("active_set_loss", functools.partial(with_fixed, part=part)):
+            saes = bench.saes(row("run_2"), code_digest(with_fixed), str(part))
+        yield f"adaptive, with {part} of fixed's", bench.evaluated(saes)
     with in_place_of("partners", random_partners):
         saes = bench.saes(row("run_2"), code_digest(random_partners))
     yield "random partners (run_2)", bench.evaluated(saes)

@@ -121,12 +121,28 @@ def best(folder, **areas):
     for name, area in areas.items():
         number = int(name[-1])
         write_result(folder / name, means={"unlearning_area": area},
+                     seeds=[{"seed": 0, "unlearning_area": area}],
                      config={"alpha": number / 10, "regroup_every": number})
     return best_run(folder, list(areas), "smoke", ("alpha", "regroup_every"))
 
 
 def test_the_best_run_is_that_of_the_largest_area(tmp_path):
     assert best(tmp_path, run_1=0.3, run_2=0.9, run_3=-1.0) == {"alpha": 0.2, "regroup_every": 2}
+
+
+def test_candidates_are_ranked_over_the_seeds_that_all_have(tmp_path):
+    """A seed that one alone has, easy or hard, counts for nothing."""
+    areas = {"run_1": {0: 0.5, 1: 0.7, 9: -5.0}, "run_2": {0: 0.6, 1: 0.5}}
+    for name, by_seed in areas.items():
+        write_result(tmp_path / name, config={"alpha": int(name[-1])},
+                     means={"unlearning_area": sum(by_seed.values()) / len(by_seed)},
+                     seeds=[{"seed": seed, "unlearning_area": area}
+                            for seed, area in by_seed.items()])
+    assert best_run(tmp_path, list(areas), "smoke", ("alpha",)) == {"alpha": 1}
+    write_result(tmp_path / "run_2", config={"alpha": 2}, means={"unlearning_area": 1.0},
+                 seeds=[{"seed": 4, "unlearning_area": 1.0}])
+    with pytest.raises(UserError, match="run_1 to run_2 in .* have no seed in common"):
+        best_run(tmp_path, list(areas), "smoke", ("alpha",))
 
 
 def test_a_candidate_that_is_missing_altered_or_without_an_area_is_named(tmp_path):
@@ -220,10 +236,11 @@ def test_seeds_are_paired_and_the_interval_is_students():
     same = sample([1.0] * 4, "0101")
     difference = compared([1.0, 2.0, 3.0], same, same)["x"]
     half = 4.30265 / math.sqrt(3)  # t of two degrees of freedom, of a table
-    expected = {"difference": 2.0, "stderr": 1 / math.sqrt(3), "low": 2 - half, "high": 2 + half}
+    expected = {"seeds": 3, "difference": 2.0, "stderr": 1 / math.sqrt(3), "low": 2 - half,
+                "high": 2 + half}
     assert difference == pytest.approx(expected, abs=1e-4)
     alone = compared([1.0], same, same)["x"]
-    assert alone == {"difference": 1.0, "stderr": None, "low": None, "high": None}
+    assert alone == {"seeds": 1, "difference": 1.0, "stderr": None, "low": None, "high": None}
 
 
 def test_seeds_that_only_one_run_has_count_for_nothing():
@@ -237,6 +254,7 @@ def test_seeds_that_only_one_run_has_count_for_nothing():
     more["seeds"][3]["seed"] = 41
     assert compare(more, theirs) == compare(few, theirs)
     assert compare(few, theirs)["x"]["difference"] == 1.5
+    assert compare(few, theirs)["x"]["seeds"] == 2
     assert compare(theirs, more)["x"]["difference"] == -1.5
 
 
@@ -289,8 +307,8 @@ def test_sides_measured_on_different_numbers_of_texts_have_no_interval():
     """A sampling error of 0 would narrow it silently; what is not sampled keeps its own."""
     gain = compared([1.0, 2.0, 3.0], sample([1.0] * 4, "0101"), sample([0.0] * 2, "11"))
     for name in METRICS:
-        assert gain[name] == {"difference": 2.0, "stderr": pytest.approx(1 / math.sqrt(3)),
-                              "low": None, "high": None}
+        assert gain[name] == {"seeds": 3, "difference": 2.0,
+                              "stderr": pytest.approx(1 / math.sqrt(3)), "low": None, "high": None}
     assert gain["x"]["low"] is not None
 
 
@@ -316,6 +334,14 @@ def test_a_neighbour_that_was_not_measured_alike_is_not_compared(tmp_path, capsy
     write_result(tmp_path / "run_8", **{**info, "run": "run_8", **changes})
     assert comparisons(info, tmp_path).keys() == {"run_7"}
     assert capsys.readouterr().err == f"run_8 and run_2 differ in {name}; not compared\n"
+
+
+def test_a_neighbour_without_a_seed_in_common_is_named(tmp_path, capsys):
+    info = result([1.0], sample([1.0] * 2, "11"))
+    other = {**info, "run": "run_8", "seeds": [{**info["seeds"][0], "seed": 100}]}
+    write_result(tmp_path / "run_8", **other)
+    assert comparisons(info, tmp_path) == {}
+    assert capsys.readouterr().err == "run_8 and run_2 have no seed in common; not compared\n"
 
 
 def test_a_malformed_neighbour_costs_its_own_comparison_only(tmp_path, capsys):

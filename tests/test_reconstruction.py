@@ -178,6 +178,17 @@ def test_duplicates_are_pairs_that_serve_different_domains():
     assert metrics["max_decoder_cosine"] == pytest.approx(4 / 8)
 
 
+def test_a_features_retain_side_is_the_kind_that_it_is_the_larger_part_of():
+    """Whatever the kinds' activations sum to: the second kind of retain text is ten times as
+    loud, and the feature is a third of the first one's activation but a twentieth of its."""
+    use = torch.ones(3, 8)
+    use[2] = 10.0
+    use[:, 0] = torch.tensor([9.0, 3.0, 3.2])
+    assert decoder_metrics(identity_sae(4), use)["forget_features"] == 0
+    use[1, 0] = 0.1
+    assert decoder_metrics(identity_sae(4), use)["forget_features"] == 1
+
+
 def test_directions_are_measured_as_by_the_whole_gram_matrix(generator):
     """Also where there are more features than go into one block of it."""
     sae = random_sae(d=16, f=1500)

@@ -155,6 +155,12 @@ def test_a_sample_of_a_rare_kind_reads_no_more_than_some_times_its_size(tiny, mo
     assert len(names) == 3  # of 64 tokens
 
 
+def test_a_sample_of_a_kind_without_text_reads_nothing(tiny, monkeypatch):
+    buffer = read(tiny)
+    monkeypatch.setattr(Shards, "read", None)
+    assert buffer.sample(len(tiny.learn_domains), 70).shape == (0, buffer.d_in)
+
+
 def test_attention_sinks_are_left_out_of_a_stream(tiny, monkeypatch):
     monkeypatch.setattr(shards_module.Substrate, "is_plain", lambda self, x: (
         torch.arange(x.shape[1]) > 0).expand(x.shape[:2]))
