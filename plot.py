@@ -3,9 +3,8 @@
     python plot.py                     # the runs of the folder you are in
     cd study && python ../plot.py      # the committed study
 
-Each figure is a PNG (for looking) and a PDF (for papers). What cannot be drawn is named with the
-reason. Of several substrates or budgets the one with most runs is drawn. Runs that were evaluated
-differently are drawn under a note, and never subtracted.
+Each figure is a PNG and a PDF. What cannot be drawn is named with the reason. Of several substrates
+or budgets the one with most runs is drawn. Runs evaluated differently are never subtracted.
 """
 
 import json
@@ -51,7 +50,7 @@ try:
     from lab.results import statistics
     from lab.results.checksum import is_unaltered
     from lab.results.reading import dicts, dig, number, numbers
-    from lab.results.statistics import comparability, concave_envelope, differences, mean_stderr
+    from lab.results.statistics import comparability, differences, mean_stderr
 except Exception as error:
     place, cause = traceback.extract_tb(error.__traceback__)[-1].filename, error
     while cause.__cause__:
@@ -150,17 +149,19 @@ class Run:
 
     def settings(self, kind: str = "settings") -> list[np.ndarray]:
         """Interventions by seed, [n, (cost, forget CE rise)]; cost is the largest other rise."""
-        others = [f"{text}_ce_rise" for text in ("retain", "other", "news", "dictionary", "mmlu")]
-        rises = [numbers(dicts(seed, kind), "forget_ce_rise", *others)
-                 for seed in dicts(self.info, "unlearning", "per_seed")]
-        points = [np.column_stack([np.fmax.reduce(rows[:, 1:], 1), rows[:, 0]]) for rows in rises]
+        points = []
+        for seed in dicts(self.info, "unlearning", "per_seed"):
+            rows = dicts(seed, kind)
+            texts = {key for row in rows for key in row if key.endswith("_ce_rise")}
+            rises = numbers(rows, "forget_ce_rise", *sorted(texts - {"forget_ce_rise"}))
+            cost = np.fmax.reduce(rises[:, 1:], 1, initial=-np.inf)
+            points.append(np.column_stack([cost, rises[:, 0]]))
         return [part for rows in points if len(part := rows[np.isfinite(rows).all(1)])]
 
     def frontiers(self) -> list[np.ndarray]:
-        """Forgetting at each of COSTS by seed: as it was judged, else the settings' envelope."""
+        """Forgetting at each of COSTS by seed, as it was judged."""
         curves = [frontier(seed) for seed in dicts(self.info, "unlearning", "per_seed")]
-        return [part for part in curves if part is not None] or [
-            concave_envelope(*table.T, COSTS) for table in self.settings()]
+        return [part for part in curves if part is not None]
 
     def kappas(self) -> list[np.ndarray]:
         """All condition numbers by seed; null means singular, and counts as infinite."""
@@ -185,8 +186,7 @@ def read_info(folder: Path) -> dict:
     except (ValueError, RecursionError):
         raise ValueError("final_info.json is malformed") from None
     needed = {"substrate": str, "budget": str, "config": dict, "means": dict, "stderrs": dict}
-    missing = [key for key, kind in needed.items() if not isinstance(dig(info, key), kind)]
-    if missing:
+    if missing := [key for key, kind in needed.items() if not isinstance(dig(info, key), kind)]:
         raise ValueError(f"final_info.json lacks {', '.join(missing)} (older version?)")
     if info.get("run", folder.name) != folder.name:
         raise ValueError("final_info.json is of another run")

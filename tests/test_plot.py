@@ -20,7 +20,6 @@ sys.path.insert(0, str(ROOT))
 
 import plot  # noqa: E402
 from lab.results.checksum import canonical, is_unaltered, result_checksum  # noqa: E402
-from lab.results.statistics import concave_envelope  # noqa: E402
 
 NAMES = tuple(plot.FIGURES)
 FILES = {f"{name}.{kind}" for name in NAMES for kind in ("png", "pdf")}
@@ -71,8 +70,9 @@ def settings_of(area, rng):
 def seed_of(row, seed, rng):
     """One seed's flat metrics, its unlearning and its conditioning."""
     *_, area, kappa, variance = row
-    settings = settings_of(area * rng.normal(1, 0.04), rng)
-    points = [np.array([s[f"{kind}_ce_rise"] for s in settings]) for kind in ("retain", "forget")]
+    area *= rng.normal(1, 0.04)
+    settings, costs = settings_of(area, rng), np.linspace(0, 0.3, 61)
+    rises = 1.6 * area * (1 - np.exp(-costs / 0.09))
     control = [{**s, "forget_ce_rise": 1.1 * s["retain_ce_rise"]} for s in settings[-10:-8]]
     kappas = 1 + (kappa - 1) * rng.lognormal(0, 0.5, 72)
     metrics = {
@@ -89,9 +89,9 @@ def seed_of(row, seed, rng):
         "kappa_max": kappas.max(),
         "accuracy_area": rng.uniform(0.05, 0.15),
         "unlearning_score": rng.uniform(0.1, 0.4) if area > 3 else None,
-        "unlearning_area": float(concave_envelope(*points, np.linspace(0, 0.3, 301)).mean()),
+        "unlearning_area": float(rises.mean()),
         **{
-            f"forget_rise_at_{b}": float(concave_envelope(*points, np.array([float(b)]))[0])
+            f"forget_rise_at_{b}": float(np.interp(float(b), costs, rises))
             for b in ("0.01", "0.05", "0.1")
         },
         "sae_test_accuracy": 0.93,
@@ -101,7 +101,8 @@ def seed_of(row, seed, rng):
         metrics[f"sae_top_{k}_test_accuracy"] = 0.68 + 0.045 * i + rng.normal(area / 400, 0.006)
         metrics[f"llm_top_{k}_test_accuracy"] = 0.60 + 0.055 * i
     conditioning = {"kappa": [*map(float, kappas[1:]), None]}
-    unlearning = {"area": metrics["unlearning_area"], "settings": settings, "control": control}
+    frontier = [{"cost": c, "forget_rise": r} for c, r in zip(costs.tolist(), rises.tolist())]
+    unlearning = {"frontier": frontier, "settings": settings, "control": control}
     return {"seed": seed, **metrics}, unlearning, conditioning
 
 
@@ -698,13 +699,22 @@ def test_singular_groups_keep_the_distribution_below_one(tmp_path):
     assert top == pytest.approx(71 / 72)
 
 
-def test_the_frontier_is_the_mean_of_the_seeds_concave_envelopes(tmp_path):
-    fabricate(tmp_path, "run_8")
-    run = read(tmp_path)[0]
-    lines = [concave_envelope(*table.T, plot.COSTS) for table in run.settings()]
+def test_the_frontier_is_the_mean_of_the_seeds_as_they_were_judged(tmp_path):
+    info = fabricate(tmp_path, "run_8")
+    judged = [[point["forget_rise"] for point in seed["frontier"]]
+              for seed in info["unlearning"]["per_seed"]]
     (line, *_) = drawn(tmp_path, "overview").axes[0].lines
-    assert line.get_ydata() == pytest.approx(np.mean(lines, 0))
-    assert run.metric("unlearning_area")[0] == pytest.approx(np.mean(lines), rel=1e-2)
+    assert line.get_ydata()[::5] == pytest.approx(np.mean(judged, 0))
+    assert info["means"]["unlearning_area"] == pytest.approx(np.mean(judged))
+
+
+def test_a_settings_cost_is_its_largest_rise_on_any_text_but_the_forgotten(tmp_path):
+    fabricate(tmp_path, "run_8")
+    rows = [{"forget_ce_rise": 2.0, "retain_ce_rise": 0.1, "news_ce_rise": 0.2},
+            {"forget_ce_rise": 1.0, "retain_ce_rise": 0.3, "news_ce_rise": None},
+            {"forget_ce_rise": None, "retain_ce_rise": 0.3}, {"forget_ce_rise": 1.0}]
+    edit(tmp_path, "run_8", lambda info: info["unlearning"]["per_seed"][0].update(settings=rows))
+    assert read(tmp_path)[0].settings()[0].tolist() == [[0.2, 2.0], [0.3, 1.0]]
 
 
 def test_every_frontier_and_area_shows_what_labels_alone_give(tmp_path):

@@ -2,15 +2,14 @@
 
 import math
 
-import numpy as np
 import pytest
 
 from lab.results.statistics import (
     COMPARABLE,
     comparability,
-    concave_envelope,
     differences,
     mean_stderr,
+    upper_hull,
 )
 
 
@@ -23,27 +22,13 @@ def test_mean_and_standard_error_by_hand():
     assert math.isnan(mean_stderr([2.0])[1])
 
 
-def test_concave_envelope_by_hand():
-    grid = np.array([0.0, 0.05, 0.1, 0.2, 0.5])
-    cost, gain = np.array([0.1, 0.2, 0.05, 0.3]), np.array([1.0, 1.5, 0.1, 1.2])
-    # hull (0,0) (.1,1) (.2,1.5); the point (.05,.1) is below it, (.3,1.2) beyond its top
-    assert concave_envelope(cost, gain, grid).tolist() == pytest.approx([0, 0.5, 1, 1.5, 1.5])
-    free = concave_envelope(np.array([-0.01, 0.2]), np.array([0.4, 1.0]), grid)
-    assert free.tolist() == pytest.approx([0.4, 0.55, 0.7, 1, 1])  # a cost below 0 is 0
-    assert concave_envelope(np.array([0.1]), np.array([-1.0]), grid).tolist() == [0] * 5
-
-
-def test_concave_envelope_is_the_best_mixture_of_two_settings():
-    """Against all pairs: a share t of one and 1 − t of the other, doing nothing included."""
-    rng = np.random.default_rng(0)
-    cost, gain = rng.uniform(0, 1, 12), rng.uniform(0, 1, 12)
-    grid = np.linspace(0.01, 1, 12)
-    points = [(0.0, 0.0), *zip(cost, gain)]
-    for at, height in zip(grid, concave_envelope(cost, gain, grid)):
-        mixtures = [g for c, g in points if c <= at]
-        mixtures += [g + (at - c) / (c2 - c) * (g2 - g) for c, g in points for c2, g2 in points
-                     if c <= at < c2]
-        assert height == pytest.approx(max(mixtures))
+def test_the_upper_hull_by_hand():
+    """Up to its highest point; a point below a line of others, or dearer for less, is not on it."""
+    points = [(0.1, 1.0), (0.2, 1.5), (0.05, 0.1), (0.3, 1.2), (0.0, 0.0)]
+    assert upper_hull(points) == [(0.0, 0.0), (0.1, 1.0), (0.2, 1.5)]
+    assert upper_hull([(0.0, 0.4, "a"), (0.0, 0.6, "b"), (0.2, 1.0, "c")]) == [
+        (0.0, 0.6, "b"), (0.2, 1.0, "c")]
+    assert upper_hull([(0.0, 0.0), (0.1, -1.0)]) == [(0.0, 0.0)]
 
 
 RESULT = {"substrate": "standin", "budget": "full",

@@ -34,16 +34,6 @@ def upper_hull(points: Iterable[tuple]) -> list[tuple]:
     return hull
 
 
-def concave_envelope(cost: np.ndarray, gain: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """Largest gain at each cost of `grid`, on the upper concave hull of the settings and (0, 0).
-
-    A point on the hull between two settings is reached by using one or the other at random. Costs
-    below zero count as zero. Beyond its best point the envelope is flat.
-    """
-    points = {(0.0, 0.0), *zip(np.maximum(cost, 0.0).tolist(), np.asarray(gain).tolist())}
-    return np.interp(grid, *(np.array(axis) for axis in zip(*upper_hull(points))))
-
-
 COMPARABLE = ("substrate", "budget", "evaluation_code", "language_model_dtype")
 
 
