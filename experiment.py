@@ -113,6 +113,8 @@ class CustomSAEConfig(Settings):
     """Tokens before a grouping over which it is counted which features fire together."""
     direction_tokens: int = 128
     """Tokens of a batch over whose active features L_dir is taken (adaptive)."""
+    all_pairs: float = 0.25
+    """Weight in L_dir of all pairs alike, beside those that fire together (adaptive)."""
     share_use: float = 1.0
     """Largest part of its weight in L_use that a feature is spared, and all until grouped."""
     share_even: float = 0.5
@@ -163,7 +165,7 @@ class CustomSAEConfig(Settings):
                      "counted_tokens", "direction_tokens", "direction_every", "regroup_every",
                      "resample_every", "checkpoint_every"):
             self.require(name, getattr(self, name) >= 1, "use at least 1")
-        for name in ("alpha", "eta", "warmup_steps", "first_seed"):
+        for name in ("alpha", "eta", "all_pairs", "warmup_steps", "first_seed"):
             self.require(name, getattr(self, name) >= 0, "use at least 0")
         for name in ("learning_rate", "target_l0", "sparsity_penalty", "sparsity_rate",
                      "share_even", "buffer_gigabytes"):
@@ -661,10 +663,12 @@ class CustomTrainer:
             return gram_encoder_loss(W_FD)
         if self.row.orthogonality == "max_cosine":
             return max_cosine_loss(W_FD, randomness("chunks", self.seed, self.step_count))
-        if self.row.orthogonality == "fixed":
-            return frame_loss(W_FD, self.direction_dtype)
-        every = max(1, self.row.batch_size // self.row.direction_tokens)
-        return active_set_loss(W_FD, code.lists(self.list_length)[::every])
+        whole = 1.0 if self.row.orthogonality == "fixed" else self.row.all_pairs
+        loss = whole * frame_loss(W_FD, self.direction_dtype) if whole else 0.0
+        if self.row.orthogonality == "adaptive":
+            every = max(1, self.row.batch_size // self.row.direction_tokens)
+            loss = loss + active_set_loss(W_FD, code.lists(self.list_length)[::every])
+        return loss
 
     def use_term(self, use_KF: Tensor) -> Tensor:
         if self.row.orthogonality != "adaptive" or not self.row.eta:

@@ -8,7 +8,7 @@ intervals to the table's first row, of the same seeds, as in final_info.json.
 
 fresh: the rows of the main comparison on run_10's seeds, on which nothing was chosen.
 changed: changed training: the losses at other strengths; an extra L1 on the lesser side; nothing
-shared; the use term alone; the first proposal; L_dir with a part of the fixed SAE's; random
+shared; the use term alone; L_dir with other parts of all pairs; the first proposal; random
 partners; labels without meaning; no training.
 batch_topk: the rows of the main comparison with BatchTopK in place of ReLU and L1.
 longer: five times the steps.
@@ -21,7 +21,6 @@ or an interrupted call has left there is read. Environment variables are those o
 import contextlib
 import copy
 import dataclasses
-import functools
 import itertools
 import os
 import sys
@@ -61,7 +60,6 @@ CODE.setdefault(__name__, Module(Path(__file__).read_text(encoding="utf-8")))  #
 SEEDS = 3  # a row
 FAINT = 1e-6  # an α that leaves directions alone
 LESSER = (0.005, 0.01, 0.02, 0.05, 0.1)  # of means by domain: two to nine times as much a token
-PARTS = (0.25, 0.5)  # of the fixed SAE's L_dir, beside that of active sets
 MAIN = {"vanilla": "run_8", "fixed": "run_7", "OrtSAE": "run_9", "adaptive": "run_2"}
 CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{name} ({run})": (run, {}) for name, run in MAIN.items()},
@@ -72,6 +70,7 @@ CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
     "nothing shared (run_2)": ("run_2", {"share_use": 0.0}),
     "use term alone (run_2)": ("run_2", {
         "alpha": FAINT, "eta": CustomSAEConfig.alpha * CustomSAEConfig.eta / FAINT}),
+    **{f"all pairs, {part} (run_2)": ("run_2", {"all_pairs": part}) for part in (0.0, 0.5, 1.0)},
     **{f"extra L1, {weight}": ("run_2", {"alpha": FAINT, "eta": weight / FAINT})
        for weight in LESSER},
     **{f"first proposal, α {alpha}": ("run_7", {"orthogonality": "gram_encoder", "alpha": alpha})
@@ -116,12 +115,6 @@ def lesser_side(mean_KF: Tensor, running_KF: Tensor, _share_F: Tensor | None = N
     text on which it has most, the lesser one's mean activation, summed. It exempts nothing, and
     acts before the first grouping too."""
     return sides(mean_KF, running_KF).gather(0, sides(running_KF).argmin(0)[None]).sum()
-
-
-def with_fixed(W_FD: Tensor, lists_BL: Tensor, part: float,
-               active: Callable = experiment.active_set_loss) -> Tensor:
-    """L_dir of features that fire together, and a part of that of all pairs alike."""
-    return active(W_FD, lists_BL) + part * experiment.frame_loss(W_FD)
 
 
 @contextlib.contextmanager
@@ -276,10 +269,6 @@ def changed_rows(bench: Bench) -> Iterable[tuple[str, Evaluated]]:
         with in_place_of("use_loss", lesser_side) if own else contextlib.nullcontext():
             saes = bench.saes(row(run, **changes), *own)
         yield name, bench.evaluated(saes)
-    for part in PARTS:
-        with in_place_of("active_set_loss", functools.partial(with_fixed, part=part)):
-            saes = bench.saes(row("run_2"), code_digest(with_fixed), str(part))
-        yield f"adaptive, with {part} of fixed's", bench.evaluated(saes)
     with in_place_of("partners", random_partners):
         saes = bench.saes(row("run_2"), code_digest(random_partners))
     yield "random partners (run_2)", bench.evaluated(saes)

@@ -1,6 +1,5 @@
 """The study's controls: they read what runs leave in the cache, and change one thing at a time."""
 
-import functools
 import sys
 from pathlib import Path
 
@@ -155,18 +154,6 @@ def test_an_extra_l1_is_on_the_lesser_side_of_every_feature():
     assert mean.grad.tolist() == [[0, 1, 0], [0, 0, 1], [1, 0, 0]]
 
 
-def test_a_part_of_the_fixed_saes_term_is_added_to_that_of_active_sets(generator):
-    W = torch.nn.functional.normalize(torch.randn(6, 3, generator=generator), dim=1)
-    lists = torch.tensor([[1, 2, 0], [4, 0, 0]], dtype=torch.int32)
-    square = (W @ W.T).square()
-    own = 2 * square[0, 1] / 2 / 2  # of two tokens, one with a pair
-    everywhere = (square.sum() - 6) * 3 / 36
-    with controls.in_place_of("active_set_loss", functools.partial(controls.with_fixed, part=0.5)):
-        assert float(experiment.active_set_loss(W, lists)) == pytest.approx(
-            float(own + everywhere / 2), rel=1e-5)
-    assert float(experiment.active_set_loss(W, lists)) == pytest.approx(float(own), rel=1e-5)
-
-
 def test_a_kind_that_is_left_out_is_an_unnamed_text_of_which_nothing_is_learnt(
         tmp_path, monkeypatch):
     monkeypatch.setenv("SAE_CACHE_DIR", str(tmp_path))
@@ -196,8 +183,7 @@ def test_an_interrupted_command_goes_on_where_it_was(bench, monkeypatch, capsys)
     monkeypatch.setattr(controls, "open_substrate", lambda *_: bench.substrate)
     controls.main()
     first = capsys.readouterr().out
-    parts = [f"adaptive, with {part} of fixed's" for part in controls.PARTS]
-    for name in (*controls.CHANGED, *parts, "labels without meaning (run_2)", "not trained"):
+    for name in (*controls.CHANGED, "labels without meaning (run_2)", "not trained"):
         assert f"| {name} (1) |" in first
     for name in controls.MAIN:
         assert f"| {name}, BatchTopK (1) |" in first

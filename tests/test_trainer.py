@@ -428,8 +428,10 @@ def test_the_use_term_begins_with_the_first_grouping(small_config):
     assert before["l_use"] == 0 < after["l_use"]
 
 
-def test_l_dir_is_of_the_active_sets_of_some_tokens_of_the_batch(small_config):
-    config = dataclasses.replace(small_config, direction_tokens=100, direction_every=1)
+@pytest.mark.parametrize("part", [0.0, 0.4])
+def test_l_dir_is_of_the_active_sets_of_some_tokens_and_in_part_of_all_pairs(small_config, part):
+    config = dataclasses.replace(small_config, direction_tokens=100, direction_every=1,
+                                 all_pairs=part)
     z, domain = planted_activations(8192)
     trainer = new_trainer(config, z)
     for t in range(20):
@@ -437,8 +439,8 @@ def test_l_dir_is_of_the_active_sets_of_some_tokens_of_the_batch(small_config):
         sae = trainer.sae
         with torch.no_grad():
             lists = sae.dense_code(z_BD).lists(48)[::2]
-            expected = active_set_loss(sae.W_dec, lists).item()
-        assert trainer.step(z_BD, domain_B)["l_dir"] == pytest.approx(expected, rel=1e-3)
+            expected = active_set_loss(sae.W_dec, lists) + part * frame_loss(sae.W_dec)
+        assert trainer.step(z_BD, domain_B)["l_dir"] == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_before_a_grouping_the_last_tokens_are_listed_and_after_it_forgotten(small_config):
