@@ -451,8 +451,8 @@ def sharing(found: Partners, fired_F: Tensor, use_KF: Tensor, share_even: float,
 
 
 def active_set_loss(W_FD: Tensor, lists_BL: Tensor) -> Tensor:
-    """L_dir: mean over tokens of (1/n) Σ_{i≠j active} (w_i·w_j)², n the number of active features,
-    which are listed from 1 on. Time O(B·L²·D), on a CPU O(B·n²·D)."""
+    """L_dir of what fires together: mean over tokens of (1/n) Σ_{i≠j active} (w_i·w_j)², n the
+    number of active features, which are listed from 1 on. Time O(B·L²·D), on a CPU O(B·n²·D)."""
     if W_FD.device.type == "cpu":  # a GPU would have to be waited for
         row_N, column_N, sum_N = cofiring_sums(lists_BL, len(W_FD), 0.0)
         return PairPotential.apply(W_FD, row_N, column_N, sum_N / len(lists_BL))
