@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
+from itertools import cycle, zip_longest
 from pathlib import Path
 
 # What is drawn, in this order, and how legends name it. Any other folder is left out.
@@ -600,7 +600,7 @@ def main() -> int:
         print(f"cannot write {FOLDER}/: {error.strerror}", file=sys.stderr)
         return 1
     table = [TABLE_HEAD, *table_rows(runs)]
-    widths = [max(map(len, column)) for column in zip(*table)]
+    widths = [max(map(len, column)) for column in zip_longest(*table, fillvalue="")]
     report(*("  ".join(map(str.ljust, row, widths)).rstrip() for row in table), TABLE_NOTE,
          f"{len(FIGURES)} figures in {FOLDER}/, as PNG and PDF")
     return 0

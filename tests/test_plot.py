@@ -735,6 +735,18 @@ def test_every_frontier_and_area_shows_what_labels_alone_give(tmp_path):
         ["labels alone: logistic regression", "0.50"]]
 
 
+def test_the_printed_table_has_every_column_also_above_what_labels_alone_give(
+        tmp_path, monkeypatch, capsys):
+    fabricate(tmp_path, "run_8")
+    directions = {"mean_difference": {"unlearning_area": 0.6, "frontier": None}}
+    edit(tmp_path, "run_8", lambda info: info.update(yardstick=directions))
+    _, lines = run_here(tmp_path, monkeypatch, capsys)
+    (head,) = [line for line in lines if line.startswith("run  ")]
+    assert head.split("  ")[-1].strip() == plot.TABLE_HEAD[-1]
+    (alone,) = [line for line in lines if line.startswith("labels alone")]
+    assert alone.split() == ["labels", "alone:", "difference", "of", "means", "0.60"]
+
+
 def test_no_yardstick_stands_for_runs_that_were_measured_otherwise(tmp_path):
     for name, code in (("run_7", "a"), ("run_8", "b")):
         fabricate(tmp_path, name)
