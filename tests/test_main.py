@@ -226,7 +226,8 @@ def test_run_10_takes_the_best_of_its_candidates_on_seeds_of_its_own(tmp_path):
         with pytest.raises(UserError, match=f"missing: run_{i}"):
             ex.resolve_config("run_10", "full", tmp_path)
         config = dataclasses.asdict(ex.resolve_config(f"run_{i}", "full", tmp_path))
-        info = {"means": {"unlearning_area": float(i == 4)}, "seeds": [], "budget": "full",
+        info = {"means": {"unlearning_area": float(i == 4)}, "budget": "full",
+                "seeds": [{"seed": 0, "unlearning_area": float(i == 4)}],
                 "substrate": "standin", "config": config}
         (tmp_path / f"run_{i}").mkdir()
         (tmp_path / f"run_{i}" / "final_info.json").write_text(json.dumps(info))

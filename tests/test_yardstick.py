@@ -66,9 +66,12 @@ def test_a_logistic_regression_has_the_scale_of_raw_residuals(generator):
 
 def test_a_logistic_regression_is_learned_from_as_many_tokens_of_both_texts(monkeypatch, generator):
     forget, retain = planted(generator)
+    """Of retain text any, whatever the order of its kinds."""
     monkeypatch.setattr(yardstick, "PROBE_TOKENS", 500)
+    drawn = torch.randperm(len(retain), generator=randomness("yardstick"))[:500]
     torch.testing.assert_close(logistic_regression(forget, retain),
-                               logistic_regression(forget[:500], retain[:500]))
+                               logistic_regression(forget[:500], retain[drawn]),
+                               rtol=1e-3, atol=1e-3)
     assert PROBE_TOKENS >= 10_000
 
 
@@ -164,7 +167,6 @@ def test_nothing_of_the_ask_half_enters_directions_thresholds_sizes_and_limits(
     blind.__dict__["tensors"] = {name: knowing[name] for name in ("guard_x", "guard_keep")}
     evaluate_directions(blind, samples)
     retain = torch.cat(samples[1:])
-    retain = retain[torch.randperm(len(retain), generator=randomness("yardstick"))]
     for (sae, sets), find in zip(seen, (mean_difference, logistic_regression)):
         w = find(samples[0], retain)
         torch.testing.assert_close(sae.W_dec[0], w / w.norm())
