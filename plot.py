@@ -421,8 +421,8 @@ def explain(fig: Figure, runs: list[Run]) -> Figure:
     """Below a figure, what a reader must know of its terms and to compare the runs."""
     panels = " ".join(ax.get_title(loc="left") + ax.get_ylabel() for ax in fig.axes)
     terms = " ".join(text for term, text in TERMS.items() if re.search(term, panels))
-    if yardstick(runs) and re.search("nlearning|area", panels):
-        terms += " Labels alone: one direction that labels give without an SAE, clamped alike."
+    if yardstick(runs) and re.search("vanilla's|on forget text", panels):  # which show it
+        terms += " Labels alone: a direction from labels, no SAE; dashed line: a classifier's."
     (substrate, budget), counts = runs[0].study, [len(run.by_seed("seed")) for run in runs]
     seeds = "-".join(map(str, sorted({min(counts), max(counts)})))
     note = "SMOKE BUDGET: shows that the code runs, is no result. " * (budget == "smoke")

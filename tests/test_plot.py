@@ -730,6 +730,9 @@ def test_every_frontier_and_area_shows_what_labels_alone_give(tmp_path):
         assert line.get_ydata() == pytest.approx(4 * plot.COSTS)
     summary = drawn(tmp_path, "unlearning_summary").axes[0]
     assert {0.5, 0.6} <= {line.get_xdata()[0] for line in summary.lines}
+    explained = {name for name in plot.FIGURES if "Labels alone"
+                 in drawn(tmp_path, name).get_supxlabel().replace("\n", " ")}
+    assert explained == {"overview", "unlearning_frontier", "unlearning_summary"}
     assert [row[:2] for row in plot.table_rows(runs)[2:]] == [
         ["labels alone: difference of means", "0.60"],
         ["labels alone: logistic regression", "0.50"]]
