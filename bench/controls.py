@@ -3,12 +3,13 @@
     python bench/controls.py                 # all tables
     python bench/controls.py changed longer  # some of them
 
-Each row is a table line: means ± standard errors, and below it paired differences with 95 %
-intervals to the table's first row, of the same seeds, as in final_info.json.
+Each row is a table line: means ± standard errors. Below it are paired differences with 95 %
+intervals, of the same seeds, as in final_info.json: of the main comparison's rows to all before
+them, of any other row to vanilla and to the row that it changes.
 
 fresh: the rows of the main comparison on run_10's seeds, on which nothing was chosen.
-changed: changed training: the losses at other strengths; an extra L1 on the lesser side; nothing
-shared; the use term alone; L_dir with other parts of all pairs; the first proposal; random
+changed: changed training: the losses at other strengths; an extra L1 on the lesser side; the
+use term alone; L_dir with other parts of all pairs; the first proposal; nothing shared; random
 partners; labels without meaning; no training.
 batch_topk: the rows of the main comparison with BatchTopK in place of ReLU and L1.
 longer: five times the steps.
@@ -59,27 +60,27 @@ CODE.setdefault(__name__, Module(Path(__file__).read_text(encoding="utf-8")))  #
 
 SEEDS = 3  # a row
 FAINT = 1e-6  # an α that leaves directions alone
-LESSER = (0.005, 0.01, 0.02, 0.05, 0.1)  # of means by domain: two to nine times as much a token
+LESSER = (0.005, 0.01, 0.02, 0.05, 0.1)  # of means by domain: 2.5 to 7.6 times as much a token
 MAIN = {"vanilla": "run_8", "fixed": "run_7", "OrtSAE": "run_9", "adaptive": "run_2"}
+BASES = {run: name for name, run in MAIN.items()}
 CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
-    **{f"{name} ({run})": (run, {}) for name, run in MAIN.items()},
     **{f"fixed, α {alpha}": ("run_7", {"alpha": alpha}) for alpha in (0.01, 0.025, 0.1, 0.2)},
     **{f"OrtSAE, γ {gamma}": ("run_9", {"alpha": gamma}) for gamma in (0.05, 0.1, 0.5, 1.0)},
     "adaptive, α 0.2": ("run_2", {"alpha": 0.2}),
     "OrtSAE, every step, no ramp": ("run_9", {"direction_every": 1, "ramp_fraction": 0.0}),
-    "nothing shared (run_2)": ("run_2", {"share_use": 0.0}),
-    "use term alone (run_2)": ("run_2", {
+    "use term alone": ("run_2", {
         "alpha": FAINT, "eta": CustomSAEConfig.alpha * CustomSAEConfig.eta / FAINT}),
-    **{f"all pairs, {part} (run_2)": ("run_2", {"all_pairs": part}) for part in (0.0, 0.5, 1.0)},
+    **{f"all pairs, {part}": ("run_2", {"all_pairs": part}) for part in (0.0, 0.5, 1.0)},
     **{f"extra L1, {weight}": ("run_2", {"alpha": FAINT, "eta": weight / FAINT})
        for weight in LESSER},
     **{f"first proposal, α {alpha}": ("run_7", {"orthogonality": "gram_encoder", "alpha": alpha})
        for alpha in (0.01, 0.05, 0.25)},
 }
 COLUMNS = {
-    "explained_variance": "explained variance", "kappa_median": "κ median",
+    "l0": "L0", "explained_variance": "explained variance", "kappa_median": "κ median",
     "kappa_p90": "κ p90", "l_use": "L_use", "duplicates": "duplicates",
-    "unlearning_area": "area", "unlearning_area_sae_bench": "area, SAEBench's settings",
+    "unlearning_area": "area", "unlearning_area_static": "static clamps",
+    "unlearning_area_sae_bench": "area, SAEBench's settings",
     "accuracy_area": "accuracy area", "unlearning_score": "score",
     "tpp_threshold_20_total_metric": "TPP, 20",
     "sae_top_1_test_accuracy": "probe, 1", "sae_top_5_test_accuracy": "probe, 5",
@@ -88,8 +89,9 @@ COLUMNS = {
 
 
 class Mislabelled(ActivationBuffer):
-    """Every stretch of text has the domain of another: labels as many and as steady as the true
-    ones, without meaning. Samples, from which features are chosen, keep the true ones."""
+    """Every stretch of text has the domain of another: labels as many in the buffer and as steady
+    as the true ones, without meaning. In a batch the part that is called forget is the buffer's,
+    not `forget_share`. Samples, from which features are chosen, keep the true labels."""
 
     STRETCH = 128  # tokens
 
@@ -108,6 +110,11 @@ def random_partners(of: Firing, *arguments: Any, counted: Callable = experiment.
     found = counted(of, *arguments, **options)
     others = torch.randperm(len(of.fired_F), generator=randomness("random partners", of.n))
     return found._replace(column_N=others[found.column_N])
+
+
+def nothing_shared(_: Partners, fired_F: Tensor, *_arguments: Any) -> Tensor:
+    """No feature is spared L_use once features are grouped."""
+    return torch.zeros(len(fired_F))
 
 
 def lesser_side(mean_KF: Tensor, running_KF: Tensor, _share_F: Tensor | None = None) -> Tensor:
@@ -174,16 +181,22 @@ class Bench:
 
     def saes(self, config: CustomSAEConfig, *own: str) -> dict[int, ExportedSAE]:
         """As a run of this row trains them, by seed; `own` names what else was changed."""
-        substrate, kind = self.substrate, type(self.buffer)
-        own += () if kind is ActivationBuffer else (code_digest(kind),)
+        substrate = self.substrate
+        own += (code_digest(Mislabelled),) if isinstance(self.buffer, Mislabelled) else ()
         name = f"{substrate.name}/trained/{training_key(config, substrate, self.buffer)}"
         return {seed: train_sae(config, self.buffer, seed, substrate.cache.path(name, seed, *own),
                                 Interrupts(), None, substrate.processes
                                 ).exported(self.buffer.scale) for seed in config.seeds}
 
     def untrained(self, config: CustomSAEConfig) -> dict[int, ExportedSAE]:
-        return {seed: new_trainer(config, self.buffer, seed, self.substrate.processes
-                                  ).exported(self.buffer.scale) for seed in config.seeds}
+        """As before the first step, but at the L0 at which training ends."""
+        saes = {}
+        for seed in config.seeds:
+            trainer = new_trainer(config, self.buffer, seed, self.substrate.processes)
+            z_BD, _ = self.buffer.batch(seed, 0, config.batch_size, config.forget_share)
+            trainer.sae.initialize_biases_(z_BD.to(trainer.device), config.target_l0)
+            saes[seed] = trainer.exported(self.buffer.scale)
+        return saes
 
     def evaluated(self, saes: dict[int, ExportedSAE]) -> Evaluated:
         return evaluate(saes, self.substrate, self.sample, Clock())
@@ -203,17 +216,19 @@ def line(name: str, cells: Iterable[str]) -> None:
     print("|", " | ".join((name, *cells)), "|", flush=True)
 
 
-def table(rows: Iterable[tuple[str, Evaluated]]) -> None:
-    """Each row's means, and its paired differences to the first one."""
-    first = None
-    for name, evaluated in rows:
-        info = as_info(evaluated)
+Row = tuple[str, Evaluated, Sequence[str]]  # name, results, names of rows it is compared with
+
+
+def table(rows: Iterable[Row]) -> None:
+    """Each row's means, and its paired differences to earlier rows."""
+    infos: dict[str, Info] = {}
+    for name, evaluated, references in rows:
+        infos[name] = info = as_info(evaluated)
         numbers = dict(zip(("means", "stderrs"), means_and_stderrs(info["seeds"])))
         line(f"{name} ({len(evaluated.by_seed)})", (
             headline(numbers, key, "", 3).strip() for key in COLUMNS))
-        if first:
-            gaps("minus the first", compare(info, first))
-        first = first or info
+        for other in references:
+            gaps(f"minus {other}", compare(info, infos[other]))
 
 
 def gaps(name: str, differences: Info) -> None:
@@ -226,25 +241,29 @@ def main(names: Sequence[str] = ()) -> None:
         raise UserError(f"{', '.join(unknown)}: no such table; use {', '.join(TABLES)}")
     bench = Bench(open_substrate())
     for name in names or TABLES:
-        line("row (seeds)", COLUMNS.values())
+        line(f"{name}: row (seeds)", COLUMNS.values())
         line("---", itertools.repeat("---", len(COLUMNS)))
         TABLES[name](bench)
 
 
+def main_rows(bench: Bench, names: Iterable[str] = MAIN, **changes: Any) -> Iterable[Row]:
+    before: list[str] = []
+    for name in names:
+        yield name, bench.evaluated(bench.saes(row(MAIN[name], **changes))), tuple(before)
+        before.append(name)
+
+
 def fresh(bench: Bench) -> None:
-    first_seed = experiment.RUNS["run_10"]["first_seed"]
-    table((f"{name}, fresh seeds", bench.evaluated(bench.saes(row(run, first_seed=first_seed))))
-          for name, run in MAIN.items())
+    table(main_rows(bench, first_seed=experiment.RUNS["run_10"]["first_seed"]))
 
 
 def batch_topk(bench: Bench) -> None:
-    table((f"{name}, BatchTopK", bench.evaluated(bench.saes(row(run, activation="batch_topk"))))
-          for name, run in MAIN.items())
+    table(main_rows(bench, activation="batch_topk"))
 
 
 def longer(bench: Bench) -> None:
-    table((f"{name}, five times the steps", bench.evaluated(bench.saes(row(
-        run, steps=5 * row(run).steps)))) for name, run in MAIN.items() if name != "OrtSAE")
+    names = [name for name in MAIN if name != "OrtSAE"]
+    table(main_rows(bench, names, steps=5 * row("run_8").steps))
 
 
 def left_out(bench: Bench) -> None:
@@ -254,27 +273,30 @@ def left_out(bench: Bench) -> None:
         raise UserError(f"left_out needs two kinds of retain text; {bench.substrate.name} has "
                         f"{', '.join(kinds)}")
     for kind in kinds:
-        other = Bench(open_substrate(kind))
-        table((f"{name}, {kind} unnamed", other.evaluated(other.saes(row(run))))
-              for name, run in MAIN.items())
+        line(f"{kind} unnamed", itertools.repeat("", len(COLUMNS)))
+        table(main_rows(Bench(open_substrate(kind))))
 
 
 def changed(bench: Bench) -> None:
-    table(changed_rows(bench))
+    table(changed_rows(bench, bench.mislabelled()))
 
 
-def changed_rows(bench: Bench) -> Iterable[tuple[str, Evaluated]]:
+def changed_rows(bench: Bench, mislabelled: Bench) -> Iterable[Row]:
+    yield from main_rows(bench)
+    adaptive = row("run_2")
     for name, (run, changes) in CHANGED.items():
         own = (code_digest(lesser_side),) if "extra L1" in name else ()
         with in_place_of("use_loss", lesser_side) if own else contextlib.nullcontext():
             saes = bench.saes(row(run, **changes), *own)
-        yield name, bench.evaluated(saes)
-    with in_place_of("partners", random_partners):
-        saes = bench.saes(row("run_2"), code_digest(random_partners))
-    yield "random partners (run_2)", bench.evaluated(saes)
-    mislabelled = bench.mislabelled()
-    yield "labels without meaning (run_2)", bench.evaluated(mislabelled.saes(row("run_2")))
-    yield "not trained", bench.evaluated(bench.untrained(row("run_8")))
+        yield name, bench.evaluated(saes), ("vanilla", BASES[run])
+    references = "vanilla", "adaptive"
+    for name, original, other in (("random partners", "partners", random_partners),
+                                  ("nothing shared", "sharing", nothing_shared)):
+        with in_place_of(original, other):
+            saes = bench.saes(adaptive, code_digest(other))
+        yield name, bench.evaluated(saes), references
+    yield "labels without meaning", bench.evaluated(mislabelled.saes(adaptive)), references
+    yield "not trained", bench.evaluated(bench.untrained(row("run_8"))), ("vanilla",)
 
 
 TABLES = {one.__name__: one for one in (fresh, changed, batch_topk, longer, left_out)}

@@ -1,5 +1,6 @@
 """The study's controls: they read what runs leave in the cache, and change one thing at a time."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def bench(tmp_path, monkeypatch):
     monkeypatch.setattr(experiment, "BUDGETS", {"smoke": SMALL})
     monkeypatch.setattr(unlearning, "THRESHOLDS", (0.1, 0.9))
     monkeypatch.setattr(controls, "CHANGED", {name: controls.CHANGED[name] for name in (
-        "vanilla (run_8)", "use term alone (run_2)", "extra L1, 0.02", "first proposal, α 0.05")})
+        "use term alone", "extra L1, 0.02", "first proposal, α 0.05")})
     return controls.Bench(tiny_substrate(tmp_path, questions=3 * QUESTIONS, frontier_contexts=2))
 
 
@@ -53,11 +54,13 @@ def test_a_finished_run_is_read_from_the_cache_and_differs_from_itself_by_nothin
     for row, theirs in zip(controls.as_info(again)["seeds"], finished["seeds"], strict=True):
         assert row == {key: value for key, value in theirs.items() if key != "final_loss"}
     capsys.readouterr()
-    controls.table([("run_8", again), ("again", again)])
+    controls.table([("run_8", again, ()), ("again", again, ("run_8",))])
     first, second, gaps = capsys.readouterr().out.splitlines()
     assert f"{finished['means']['explained_variance']:.3f} ±" in first
     assert first.removeprefix("| run_8") == second.removeprefix("| again")
-    assert set(gaps.strip("| ").split(" | ")[1:]) <= {"+0.000 (+0.000 to +0.000)", "-"}
+    name, *differences = gaps.strip("| ").split(" | ")
+    assert name == "minus run_8"
+    assert set(differences) <= {"+0.000 (+0.000 to +0.000)", "-"}
 
 
 def test_top_features_are_those_that_the_run_clamped(job, monkeypatch, capsys):
@@ -90,7 +93,7 @@ def test_the_strongest_token_of_a_context_is_marked():
 
 
 def test_the_use_term_alone_pulls_at_no_direction(bench):
-    run, changes = controls.CHANGED["use term alone (run_2)"]
+    run, changes = controls.CHANGED["use term alone"]
     both, alone = controls.row(run), controls.row(run, **changes)
     assert alone.alpha * alone.eta == pytest.approx(both.alpha * both.eta)
     assert alone.alpha < 1e-4 * both.alpha
@@ -141,15 +144,34 @@ def test_saes_trained_on_other_labels_are_others_and_kept_apart(bench):
     true, moved = bench.saes(config)[0], bench.mislabelled().saes(config)[0]
     assert not torch.equal(true.W_enc, moved.W_enc)
     assert torch.equal(bench.saes(config)[0].W_enc, true.W_enc)
+
+
+def test_what_is_not_trained_has_the_l0_at_which_training_ends(bench):
+    config = controls.row("run_8", batch_size=512)
     untrained = bench.untrained(config)[0]
     assert torch.equal(untrained.W_enc, untrained.W_dec.T)
+    z_BD, _ = bench.buffer.batch(0, 0, config.batch_size, config.forget_share)
+    active = untrained.encode(z_BD * bench.buffer.scale) > 0
+    assert float(active.sum(1).float().mean()) == pytest.approx(config.target_l0, rel=0.05)
+
+
+def test_nothing_is_shared_from_the_first_grouping_on(bench):
+    config = controls.row("run_2")
+    with controls.in_place_of("sharing", controls.nothing_shared):
+        trainer = experiment.new_trainer(config, bench.buffer, 0, bench.substrate.processes)
+        shared = []
+        for step in range(config.steps):
+            shared.append(float(trainer.state["share_F"].max()))
+            trainer.step(*bench.buffer.batch(0, step, config.batch_size, config.forget_share))
+    assert shared[0] == 1
+    assert shared[-1] == 0
 
 
 def test_an_extra_l1_is_on_the_lesser_side_of_every_feature():
     running = torch.tensor([[3.0, 1, 2], [1, 1, 1], [2, 4, 0]])
     mean = torch.arange(9.0).view(3, 3).requires_grad_()
     loss = controls.lesser_side(mean, running)
-    assert float(loss) == mean[2, 0] + mean[0, 1] + mean[1, 2]
+    assert float(loss.detach()) == mean[2, 0] + mean[0, 1] + mean[1, 2]
     loss.backward()
     assert mean.grad.tolist() == [[0, 1, 0], [0, 0, 1], [1, 0, 0]]
 
@@ -183,13 +205,25 @@ def test_an_interrupted_command_goes_on_where_it_was(bench, monkeypatch, capsys)
     monkeypatch.setattr(controls, "open_substrate", lambda *_: bench.substrate)
     controls.main()
     first = capsys.readouterr().out
-    for name in (*controls.CHANGED, "labels without meaning (run_2)", "not trained"):
-        assert f"| {name} (1) |" in first
-    for name in controls.MAIN:
-        assert f"| {name}, BatchTopK (1) |" in first
-        assert f"| {name}, fresh seeds (1) |" in first
-    for name in controls.MAIN:
-        assert f"| {name}, retain too unnamed (1) |" in first
+    tables = first.split(": row (seeds) |")
+    assert [table.splitlines()[-1].strip("| ") for table in tables[:-1]] == list(controls.TABLES)
+    rows = [re.findall(r"^\| (.*?) \|", table, re.M) for table in tables[1:]]
+    main = ["vanilla (1)", "fixed (1)", "minus vanilla", "OrtSAE (1)", "minus vanilla",
+            "minus fixed", "adaptive (1)", "minus vanilla", "minus fixed", "minus OrtSAE"]
+    fresh, changed, batch_topk, longer, left_out = (names[1:] for names in rows)
+    assert fresh == batch_topk == main
+    assert changed[: len(main)] == main
+    assert changed[len(main):] == [
+        "use term alone (1)", "minus vanilla", "minus adaptive",
+        "extra L1, 0.02 (1)", "minus vanilla", "minus adaptive",
+        "first proposal, α 0.05 (1)", "minus vanilla", "minus fixed",
+        "random partners (1)", "minus vanilla", "minus adaptive",
+        "nothing shared (1)", "minus vanilla", "minus adaptive",
+        "labels without meaning (1)", "minus vanilla", "minus adaptive",
+        "not trained (1)", "minus vanilla"]
+    assert longer == [name for name in main if "OrtSAE" not in name][:3] + [
+        "adaptive (1)", "minus vanilla", "minus fixed"]
+    assert left_out == ["retain unnamed", *main, "retain too unnamed", *main]
     for module in (storage, experiment):
         monkeypatch.setattr(module, "write_tensors", forbidden)
     controls.main()
