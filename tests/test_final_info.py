@@ -223,7 +223,7 @@ def sample(rises, rights, n_sets=1):
     one = {"n_features": 10, "limits": [-1.0], "multipliers": [2.0], "threshold": 0.01,
            "n_selected": 10, "rise": {kind: [rise] for kind, rise in texts.items()},
            "share": {kind: [0.5] * len(rise) for kind, rise in texts.items()}}
-    asked = {"n_features": 10, "limit": 0, "whole": True,
+    asked = {"n_features": 10, "multiplier": 8.0, "limit": 0, "whole": True,
              "right": {"forget": rights, "retain": "1" * len(rights)}}
     return {"contexts": {kind: len(rise) for kind, rise in texts.items()}, "sets": [one] * n_sets,
             "reference_rise": [1e3] * len(rises), "asked": [asked] * n_sets,

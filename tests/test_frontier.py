@@ -311,18 +311,18 @@ def test_tables_without_a_set_still_have_all_texts():
     assert [table.shape for table in text_tables(part_of(), 10, True)] == [(0, 2)] * 3
 
 
-def asked(limit=0, n_features=10, whole=True, forget="01", retain="110"):
-    return {"set": 0, "n_features": n_features, "multiplier": 2.0, "limit": limit, "whole": whole,
-            "right": {"forget": forget, "retain": retain}}
+def asked(limit=0, n_features=10, multiplier=32.0, whole=True):
+    return {"set": 0, "n_features": n_features, "multiplier": multiplier, "limit": limit,
+            "whole": whole, "right": {"forget": "01", "retain": "110"}}
 
 
 def test_answers_lost_by_hand():
-    part = {"asked": [asked(), asked(1), asked(0, 50), asked(whole=False)],
+    part = {"asked": [asked(), asked(1), asked(0, 50), asked(multiplier=16.0), asked(whole=False)],
             "counts": {"forget": {"kept": 2}, "retain": {"kept": 3}}}
     forget, retain = answer_tables(part)
-    assert forget.tolist() == [[1, 0]] * 3
-    assert retain.tolist() == [[0, 0, 1]] * 3
-    assert len(answer_tables(part, largest=20)[0]) == 1  # static, of at most 20 features
+    assert forget.tolist() == [[1, 0]] * 4
+    assert retain.tolist() == [[0, 0, 1]] * 4
+    assert len(answer_tables(part, official=True)[0]) == 1
     empty = {**part, "asked": []}
     assert [table.shape for table in answer_tables(empty)] == [(0, 2), (0, 3)]
 

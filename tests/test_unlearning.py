@@ -23,7 +23,6 @@ from lab.evaluations.unlearning import (
     ASKED_OF,
     MULTIPLIERS,
     NO_EFFECT,
-    OFFICIAL_MULTIPLIERS,
     QUANTILES,
     SET_SIZES,
     START,
@@ -46,6 +45,7 @@ from lab.results.frontier import (
     COST_GRID,
     EVERY,
     METRICS,
+    OFFICIAL_MULTIPLIERS,
     SAE_BENCH_SIZE,
     crossfitted,
     summarize,
@@ -506,7 +506,8 @@ def summary(contexts=("forget", "retain", "news"), kept=(4, 4), least=3):
     return summarize({
         "contexts": dict.fromkeys(contexts, 2), "sets": [one], "reference_rise": [9.0, 9.0],
         "counts": {name: {"kept": n} for name, n in zip(("forget", "retain"), kept)},
-        "asked": [{"n_features": 10, "limit": 0, "whole": True, "right": right}]}, least)
+        "asked": [{"n_features": 10, "multiplier": 8.0, "limit": 0, "whole": True,
+                   "right": right}]}, least)
 
 
 def test_a_summary_by_hand():

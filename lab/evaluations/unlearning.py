@@ -14,6 +14,7 @@ from lab.evaluations.prompt_trees import PromptTrees
 from lab.results.frontier import (
     COST_GRID,
     METRICS,
+    OFFICIAL_MULTIPLIERS,
     RETAINED,
     SAE_BENCH_SIZE,
     has_texts,
@@ -25,7 +26,6 @@ from lab.substrates.texts import FORGET, NAMED, RETAIN, sides
 
 THRESHOLDS = (0.001, 0.01)  # largest firing frequency on retain text of what may be clamped
 SET_SIZES = (10, 20, 50, 100)  # features clamped
-OFFICIAL_MULTIPLIERS = (8.0, 32.0)  # under which all sets of SAEBench's sizes are asked
 MULTIPLIERS = tuple(2.0**k for k in range(-1, 9))  # clamp value, in mean activations: 0.5 to 256
 START = 8.0  # the multiplier that is measured first
 ASKED_OF = ("unlearning_area", "unlearning_area_sae_bench")  # whose settings are asked

@@ -150,11 +150,12 @@ def text_tables(part: Mapping[str, Any], largest: int, dynamic: bool,
     return [np.minimum(rises.pop("forget"), most_R), *rises.values()]
 
 
-def answer_tables(part: Mapping[str, Any], largest: int | None = None) -> list[np.ndarray]:
-    """Forget and retain answers lost by setting and question; static settings of at most `largest`
-    features, if told."""
-    asked = [one for one in part["asked"] if one["whole"] and (
-        largest is None or one["limit"] == 0 and one["n_features"] <= largest)]
+def answer_tables(part: Mapping[str, Any], official: bool = False) -> list[np.ndarray]:
+    """Forget and retain answers lost by setting and question; `official`: of SAEBench's settings,
+    which are the same for every SAE."""
+    asked = [one for one in part["asked"] if one["whole"] and (not official or (
+        one["limit"] == 0 and one["n_features"] <= SAE_BENCH_SIZE
+        and one["multiplier"] in OFFICIAL_MULTIPLIERS))]
     tables = []
     for domain in ("forget", "retain"):
         rows = [[1.0 - int(mark) for mark in one["right"][domain]] for one in asked]
@@ -192,6 +193,7 @@ class Metric(NamedTuple):
 
 
 ALL_SIZES, SAE_BENCH_SIZE = 10**9, 20  # features; SAEBench clamps at most 20
+OFFICIAL_MULTIPLIERS = (8.0, 32.0)  # under which all sets of SAEBench's sizes are asked
 EVERY = {"largest": ALL_SIZES, "dynamic": True}
 STATIC = {"largest": ALL_SIZES, "dynamic": False}
 METRICS = {
@@ -203,7 +205,7 @@ METRICS = {
     **{f"forget_rise_at_{cost}": Metric("texts", functools.partial(forget_rise, cost=cost), EVERY)
        for cost in COSTS},
     "accuracy_area": Metric("answers", accuracy_area, {}),
-    "unlearning_score": Metric("answers", official_score, {"largest": SAE_BENCH_SIZE}),
+    "unlearning_score": Metric("answers", official_score, {"official": True}),
 }
 """`unlearning_area` is the primary number, chosen before any row was run. Dynamic clamps contain
 the static ones, so every method uses what suits it best. Its cost is the largest over all texts
