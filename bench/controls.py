@@ -9,8 +9,8 @@ them, of any other row to vanilla and to the row that it changes.
 
 fresh: the rows of the main comparison on run_10's seeds, on which nothing was chosen.
 changed: changed training: the losses at other strengths; an extra L1 on the lesser side; the
-use term alone; L_dir with other parts of all pairs; the first proposal; nothing shared; random
-partners; labels without meaning; no training.
+use term alone, or with weaker directions; L_dir with other parts of all pairs; the first proposal;
+nothing shared; random partners; labels without meaning; no training.
 batch_topk: the rows of the main comparison with BatchTopK in place of ReLU and L1.
 longer: five times the steps.
 left_out: each kind of retain text neither trained on nor labelled, but measured as unnamed text.
@@ -70,6 +70,8 @@ CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
     "OrtSAE, every step, no ramp": ("run_9", {"direction_every": 1, "ramp_fraction": 0.0}),
     "use term alone": ("run_2", {
         "alpha": FAINT, "eta": CustomSAEConfig.alpha * CustomSAEConfig.eta / FAINT}),
+    "directions at α 0.01, use as run_2": ("run_2", {
+        "alpha": 0.01, "eta": CustomSAEConfig.alpha * CustomSAEConfig.eta / 0.01}),
     **{f"all pairs, {part}": ("run_2", {"all_pairs": part}) for part in (0.0, 0.5, 1.0)},
     **{f"extra L1, {weight}": ("run_2", {"alpha": FAINT, "eta": weight / FAINT})
        for weight in LESSER},
