@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.stats
 import torch
-from controls import MAIN, Bench, line, open_substrate, row
+from controls import COLUMNS, MAIN, Bench, line, open_substrate, row
 
 from lab.code import CODE, Module
 from lab.console import UserError, progress
@@ -188,7 +188,7 @@ def show(name: str, rows: Rows, before: Mapping[str, Rows]) -> None:
 def main() -> None:
     bench = Bench(open_substrate())
     fresh, done = FreshContexts(bench), {}
-    line("row", AREAS)
+    line("row", (COLUMNS[key] for key in AREAS))
     line("---", itertools.repeat("---", len(AREAS)))
     for name, run in MAIN.items():
         saes = bench.saes(row(run, n_seeds=SEEDS))
