@@ -10,7 +10,7 @@ them, of any other row to vanilla and to the row that it changes.
 fresh: the rows of the main comparison on run_10's seeds, on which nothing was chosen.
 changed: changed training: the losses at other strengths; an extra L1 on the lesser side; the
 use term alone, or with weaker directions; L_dir with other parts of all pairs; the first proposal;
-nothing shared; random partners; labels without meaning; no training.
+random partners, none, or nothing shared; labels without meaning; no training.
 batch_topk: the rows of the main comparison with BatchTopK in place of ReLU and L1.
 longer: five times the steps.
 left_out: each kind of retain text neither trained on nor labelled, but measured as unnamed text.
@@ -112,6 +112,11 @@ def random_partners(of: Firing, *arguments: Any, counted: Callable = experiment.
     found = counted(of, *arguments, **options)
     others = torch.randperm(len(of.fired_F), generator=randomness("random partners", of.n))
     return found._replace(column_N=others[found.column_N])
+
+
+def own_evenness(*arguments: Any, rule: Callable = experiment.sharing) -> Tensor:
+    """What a feature shares by its own evenness; partners tell only of what never fired."""
+    return rule(*arguments, prior=1e-6)
 
 
 def nothing_shared(_: Partners, fired_F: Tensor, *_arguments: Any) -> Tensor:
@@ -293,6 +298,7 @@ def changed_rows(bench: Bench, mislabelled: Bench) -> Iterable[Row]:
         yield name, bench.evaluated(saes), ("vanilla", BASES[run])
     references = "vanilla", "adaptive"
     for name, original, other in (("random partners", "partners", random_partners),
+                                  ("own evenness alone", "sharing", own_evenness),
                                   ("nothing shared", "sharing", nothing_shared)):
         with in_place_of(original, other):
             saes = bench.saes(adaptive, code_digest(other))

@@ -155,6 +155,17 @@ def test_what_is_not_trained_has_the_l0_at_which_training_ends(bench):
     assert float(active.sum(1).float().mean()) == pytest.approx(config.target_l0, rel=0.05)
 
 
+def test_own_evenness_is_what_is_shared_where_partners_play_no_part():
+    each = torch.tensor([0, 1])
+    found = experiment.Partners(each, each.flip(0), torch.tensor([0.5, 0.5]))
+    use_KF = torch.tensor([[0.8, 0.2], [0.4, 0.6]])
+    arguments = found, torch.tensor([50, 5]), use_KF, 1.0
+    with controls.in_place_of("sharing", controls.own_evenness):
+        apart = experiment.sharing(*arguments)
+    assert apart.tolist() == pytest.approx([2 * 0.4 / 1.2, 2 * 0.2 / 0.8])
+    assert (apart - experiment.sharing(*arguments)).abs().min() > 0.05
+
+
 def test_nothing_is_shared_from_the_first_grouping_on(bench):
     config = controls.row("run_2")
     with controls.in_place_of("sharing", controls.nothing_shared):
@@ -218,6 +229,7 @@ def test_an_interrupted_command_goes_on_where_it_was(bench, monkeypatch, capsys)
         "extra L1, 0.02 (1)", "minus vanilla", "minus adaptive",
         "first proposal, α 0.05 (1)", "minus vanilla", "minus fixed",
         "random partners (1)", "minus vanilla", "minus adaptive",
+        "own evenness alone (1)", "minus vanilla", "minus adaptive",
         "nothing shared (1)", "minus vanilla", "minus adaptive",
         "labels without meaning (1)", "minus vanilla", "minus adaptive",
         "not trained (1)", "minus vanilla"]
