@@ -4,12 +4,13 @@
 
 A run chooses its clamps on one half of few contexts of each text and judges them on the other, both
 ways. Here all of these contexts choose, and three times as many others of the same held-out text
-judge: intervals get narrower, and no context does both. Only clamps that are chosen are measured.
+judge. Only clamps that are chosen are measured.
 
 Each row is a table line: areas in nats of all clamps, of static ones, and of these with SAEBench's
-sizes, mean and 95 % interval over the study's seeds and texts. Below it are paired differences to
-the rows before it. Directions without an SAE have no seeds. SAEs, and what chose, come from the
-cache of the runs. Environment variables are those of experiment.py.
+sizes, mean and 95 % interval over the study's seeds and the contexts that judge. Which contexts
+choose is not drawn anew. Below it are paired differences to the rows before it. Directions without
+an SAE have no seeds. SAEs, and what chose, come from the cache of the runs. Environment variables
+are those of experiment.py.
 """
 
 import dataclasses
@@ -107,8 +108,11 @@ def on_fresh_contexts(sae: ExportedSAE, heldout: HeldOut, part: Mapping[str, Any
     measured = []
     for s, chosen in enumerate(sets):
         stored = part["sets"][s]
-        assert stored["n_selected"] == len(chosen.features), "not the features that were clamped"
         share_R = fires(sae, chosen.features, x, keep).float().mean(1).numpy()
+        same = all(share_R[of][: part["contexts"][kind]].tolist() == stored["share"][kind]
+                   for kind, of in kinds_of(heldout).items())
+        assert same, "not what the study clamped"
+        assert stored["limits"] == list(chosen.limits), "not as the study clamped it"
         rise_MR = np.full((len(stored["multipliers"]), len(x)), np.nan)
         for m, multiplier in enumerate(stored["multipliers"]):
             if (s, m) in wanted:
@@ -160,7 +164,7 @@ class FreshContexts:
 
 def interval(ours: Rows, theirs: Rows | None, name: str) -> tuple[float, float, float]:
     """Mean of a metric, or of its paired difference, with the ends of its 95 % interval:
-    (t·σ_s)² + (1.96·σ_t)², the errors of seeds and of texts, which all SAEs share."""
+    (t·σ_s)² + (1.96·σ_t)², the errors of seeds and of judging texts, which all SAEs share."""
     sides = [side for side in (ours, theirs) if side]
     seeds = sorted(set.intersection(*map(set, sides)))
     sizes = [table.shape[1] for table in (

@@ -13,7 +13,14 @@ import experiment
 from lab import storage
 from lab.evaluations import unlearning
 from lab.evaluations.heldout import HeldOut
-from lab.results.frontier import AREAS, COST_GRID, hull_weights, mean_cost, unlearning_area
+from lab.results.frontier import (
+    AREAS,
+    COST_GRID,
+    METRICS,
+    hull_weights,
+    mean_cost,
+    unlearning_area,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
@@ -67,6 +74,12 @@ def test_fresh_contexts_are_measured_as_the_evaluation_would(tmp_path, monkeypat
     judged = fresh_contexts.judge(fresh, part)
     assert list(judged) == list(AREAS)
     assert judged["unlearning_area"].area() > 0
+    for name, again in fresh_contexts.judge(whole, whole).items():  # the same contexts do both
+        twice = [table.repeat(2, axis=1) for table in METRICS[name].tables(whole)]
+        assert again.area() == pytest.approx(unlearning_area(*twice), rel=1e-9)
+    whole["sets"][0]["share"]["retain"][0] += 0.1
+    with pytest.raises(AssertionError, match="not what the study clamped"):
+        fresh_contexts.on_fresh_contexts(sae, more, whole, sets)
 
 
 def test_an_interval_is_of_seeds_and_texts():
